@@ -1,0 +1,130 @@
+"""RetNet: retention in place of attention (Sun et al., 2023, arXiv:2307.08621).
+
+Letters: b batch, t tokens, d width, h heads, k key width of a head, v value width of a head.
+"""
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from zoo.cache import State
+from zoo.config import ZooConfig
+from zoo.mixer import RecurrentMixer, Tokens
+from zoo.modeling import Block, ZooModel, heads_of
+from zoo.nn import rotate_pairs
+from zoo.ops.decay_attention import decay_attention, state_dtype
+
+
+@strict
+class RetNetConfig(ZooConfig):
+    """Configuration of RetNet.
+
+    Args:
+        num_heads: number of retention heads h; head i decays by 1 - 2^(-5 - i) a token.
+        value_size: width of the values of all heads together. Default: 2 * hidden_size.
+        initializer_range: standard deviation of embedding and head. Default: hidden_size ** -0.5.
+    """
+
+    model_type = "zoo_retnet"
+    default_mixers = ("retention",)
+    base_model_tp_plan = {
+        "layers.*.mixer.q_proj": "colwise_gather_output",
+        "layers.*.mixer.k_proj": "colwise_gather_output",
+        "layers.*.mixer.v_proj": "colwise_gather_output",
+        "layers.*.mixer.g_proj": "colwise_gather_output",
+        "layers.*.channel_mixer.gate_proj": "colwise",
+        "layers.*.channel_mixer.up_proj": "colwise",
+        "layers.*.channel_mixer.down_proj": "rowwise",
+    }
+
+    hidden_act: str = "gelu"
+    num_heads: int = 4
+    value_size: int | None = None
+    initializer_range: float | None = None
+
+    def __post_init__(self, **kwargs):
+        self.value_size = self.value_size or 2 * self.hidden_size
+        self.initializer_range = self.initializer_range or self.hidden_size**-0.5
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        if self.hidden_size % (2 * self.num_heads) or self.value_size % self.num_heads:
+            raise ValueError(
+                f"a head needs an even key width and a whole value width: hidden_size {self.hidden_size} and value_size "
+                f"{self.value_size} over num_heads {self.num_heads}"
+            )
+
+
+class Retention(RecurrentMixer):
+    """Multi-scale retention (eq. 8): each head a matrix state that decays at its own fixed rate.
+
+    Its state is that matrix and the number of tokens it has seen, which is the angle its next key is turned by.
+    """
+
+    ops = ("decay_attention",)
+
+    def __init__(self, config: RetNetConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        d, v = config.hidden_size, config.value_size
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, d, bias=False)
+        self.v_proj = nn.Linear(d, v, bias=False)
+        self.g_proj = nn.Linear(d, v, bias=False)
+        self.o_proj = nn.Linear(v, d, bias=False)
+
+    @classmethod
+    def state_shapes(cls, config: RetNetConfig, layer_idx: int) -> dict:
+        h = config.num_heads
+        return {
+            "matrix": ((h, config.hidden_size // h, config.value_size // h), torch.float32),
+            "position": ((), torch.long),
+        }
+
+    def scan(self, x: Tensor, state: State, tokens: Tokens) -> tuple[Tensor, State]:
+        matrix, position = state
+        heads = (self.config.num_heads, -1)
+        q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = self._rotation(position, x)
+        q, k = rotate_pairs(q, cos, sin), rotate_pairs(k * k.shape[-1] ** -0.5, cos, sin)
+        y, matrix = decay_attention(q, k, v, self._log_decay(matrix), matrix, tokens.mask, tokens.segments)
+        y = F.rms_norm(y, y.shape[-1:], eps=self.config.rms_norm_eps).flatten(-2)
+        length = x.shape[1] if tokens.mask is None else tokens.mask.sum(dim=1)
+        return self.o_proj(F.silu(self.g_proj(x)) * y), (matrix, position + length)
+
+    def _log_decay(self, like: Tensor) -> Tensor:
+        """log(1 - 2^(-5 - i)) for each head i, (h), in the dtype of the state whatever the weights are."""
+        head = torch.arange(self.config.num_heads, device=like.device, dtype=like.dtype)
+        return torch.log1p(-torch.exp2(-5 - head))
+
+    def _rotation(self, position: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (b t k/2), of the angles of the next tokens after `position` (b)."""
+        dtype = state_dtype(x.dtype)
+        pairs = self.config.hidden_size // self.config.num_heads // 2
+        frequency = 10000.0 ** -torch.linspace(0, 1, pairs, device=x.device, dtype=dtype)
+        places = position[:, None] + torch.arange(x.shape[1], device=x.device)
+        angle = places[..., None].to(dtype) * frequency
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
+            init.xavier_uniform_(proj.weight, gain=2**-2.5)
+        init.xavier_uniform_(self.o_proj.weight)
+
+
+class RetNetBlock(Block):
+    def reset_parameters(self) -> None:
+        for proj in self.channel_mixer.children():
+            if isinstance(proj, nn.Linear):
+                init.kaiming_uniform_(proj.weight, a=math.sqrt(5))
+
+
+class RetNetModel(ZooModel):
+    config: RetNetConfig
+    block_class = RetNetBlock
+
+
+RetNetForCausalLM, RetNetForSequenceClassification, RetNetForTokenClassification = heads_of(RetNetModel)

@@ -1,0 +1,34 @@
+"""The zoo: every sequence architecture as a first-class Hugging Face model. Importing it registers them all."""
+
+from zoo.cache import load_state, save_state
+from zoo.config import ZooConfig
+from zoo.inspection import KernelUse, ModelSummary, kernel_report, state_bytes, summarize
+from zoo.mixer import Mixer, RecurrentMixer, Tokens
+from zoo.modeling import Block, ZooForCausalLM, ZooModel, heads_of
+from zoo.registry import Plugin, create_config, create_model, list_models, load_plugins
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "KernelUse",
+    "Mixer",
+    "ModelSummary",
+    "Plugin",
+    "RecurrentMixer",
+    "Tokens",
+    "ZooConfig",
+    "ZooForCausalLM",
+    "ZooModel",
+    "create_config",
+    "create_model",
+    "heads_of",
+    "kernel_report",
+    "list_models",
+    "load_state",
+    "save_state",
+    "state_bytes",
+    "summarize",
+]
+
+load_plugins()

@@ -1,0 +1,84 @@
+"""What one wants to know of a model before running it: its parameters, the state it carries, the kernels it runs on."""
+
+import importlib
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from zoo import registry
+from zoo.mixer import Mixer
+from zoo.ops.dispatch import choose
+
+
+def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torch.dtype | None = None) -> int:
+    """Bytes of state that one sequence carries from token to token.
+
+    Args:
+        config: configuration of a zoo model.
+        length: tokens of the sequence; needed where a layer's state grows with it (attention over everything).
+        dtype: of the activations. Default: that of the configuration, else float32.
+
+    Raises:
+        ValueError: if a layer's state grows and no length is given.
+    """
+    dtype = dtype or config.dtype or torch.float32
+    return sum(
+        registry.find_mixer(name).state_bytes(config, index, length, dtype) for index, name in enumerate(config.mixers)
+    )
+
+
+class ModelSummary(NamedTuple):
+    """Figures of a preset; parameters are exact, a tied head counts as embedding."""
+
+    name: str
+    model_type: str
+    mixers: list[str]
+    parameters: int
+    embedding_parameters: int
+    paper: str
+
+
+def summarize(name: str) -> ModelSummary:
+    """Build a preset without memory for its weights and count them.
+
+    Raises:
+        ValueError: on an unknown preset; the nearest known ones are suggested.
+    """
+    with torch.device("meta"):
+        model = registry.create_model(name)
+    tables = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return ModelSummary(
+        name=name,
+        model_type=model.config.model_type,
+        mixers=model.config.mixers,
+        parameters=model.num_parameters(),
+        embedding_parameters=sum(weight.numel() for weight in tables.values()),
+        paper=registry.find_preset(name).paper,
+    )
+
+
+class KernelUse(NamedTuple):
+    """Which form of an op a layer of a model runs, and why."""
+
+    layer: str
+    mixer: str
+    op: str
+    backend: str
+    why: str
+
+
+def kernel_report(model: PreTrainedModel) -> list[KernelUse]:
+    """One row for each op of each layer of a zoo model, for the device the model is on."""
+    rows = []
+    for name, module in model.named_modules():
+        if not isinstance(module, Mixer):
+            continue
+        for op in module.ops:
+            if op == "attention":
+                backend, why = model.config._attn_implementation, "transformers' attn_implementation"
+            else:
+                backends = importlib.import_module(f"zoo.ops.{op}").BACKENDS
+                backend, why = choose(op, backends, model.device)
+            rows.append(KernelUse(name, type(module).__name__, op, backend, why))
+    return rows

@@ -1,0 +1,255 @@
+"""The mixer contract: what a layer that mixes tokens promises, and the padding and caching that the spine does for it.
+
+A recurrent mixer is written as one pure function, `scan(x, state, tokens) -> (y, state)`, and the shapes of its state.
+From these follow chunked and token-by-token evaluation, padding anywhere, packed documents, beam search, rollback,
+saved and forked states, and truncated backpropagation, the same way for every architecture.
+
+Letters: b batch, t tokens of the call, d width.
+"""
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.cache import MAX_ROLLBACK, RECURRENT, RecurrentStateLayer, State
+from zoo.config import ZooConfig
+
+Carried = dict[str, Tensor]
+"""Values, each (b t ...), that a layer leaves for the layers above it (as RWKV-7's first layer leaves its values)."""
+
+
+@dataclass
+class Tokens:
+    """What one call knows of its tokens, besides their activations.
+
+    In the `Tokens` that a recurrent mixer's `scan` is given, padding stands behind the real tokens of each row.
+    """
+
+    positions: Tensor
+    """(b t) or (1 t), place of each token in its document."""
+    mask: Tensor | None = None
+    """(b t) bool, False at padding; None: no padding."""
+    segments: Tensor | None = None
+    """(b t) ids of the documents packed in a row, one after the other; None: one document a row."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines of the rotary embedding at `positions`, each (b|1 t r)."""
+    attention_masks: dict[str, Any] = field(default_factory=dict)
+    """By layer type, the mask in the form that the attention implementation takes."""
+    attention_options: dict[str, Any] = field(default_factory=dict)
+    """What the caller passed on to the attention implementation."""
+    order: Tensor | None = None
+    """(b t), set where padding was moved behind: which column now stands at each place."""
+    rows: "Tokens | None" = None
+    """The same tokens with padding moved behind, worked out once for all layers."""
+
+    def with_padding_behind(self) -> "Tokens":
+        """These tokens as `scan` sees them: in each row the real ones first, in their order."""
+        if self.mask is None:
+            return self
+        b, t = self.mask.shape
+        order = (~self.mask).int().sort(dim=1, stable=True).indices
+        lengths = self.mask.sum(dim=1, keepdim=True)
+        moved = Tokens(self.positions, order=order, mask=torch.arange(t, device=order.device) < lengths)
+        moved.positions = moved.gather(self.positions.expand(b, -1))
+        if self.segments is not None:
+            moved.segments = moved.gather(self.segments)
+        if self.rotary is not None:
+            moved.rotary = tuple(moved.gather(x.expand(b, -1, -1)) for x in self.rotary)
+        return moved
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(b t ...) in the caller's order -> the order of these tokens."""
+        return x if self.order is None else x.gather(1, _expand_index(self.order, x))
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """(b t ...) in the order of these tokens -> the caller's order."""
+        return x if self.order is None else torch.empty_like(x).scatter(1, _expand_index(self.order, x), x)
+
+    def columns(self, start: int, stop: int) -> "Tokens":
+        """The tokens of some columns, in the caller's order."""
+        part = replace(
+            self,
+            positions=self.positions[:, start:stop],
+            mask=None if self.mask is None else self.mask[:, start:stop],
+            segments=None if self.segments is None else self.segments[:, start:stop],
+            rotary=None if self.rotary is None else tuple(x[:, start:stop] for x in self.rotary),
+        )
+        part.rows = part.with_padding_behind()
+        return part
+
+    def as_inputs(self, x: Tensor) -> dict[str, Tensor]:
+        """`x` (b t d) and all that a recurrence reads of these tokens, each (b t ...)."""
+        b = x.shape[0]
+        inputs = {"x": x, "positions": self.positions.expand(b, -1)}
+        if self.mask is not None:
+            inputs["mask"] = self.mask
+        if self.rotary is not None:
+            inputs["cos"], inputs["sin"] = (part.expand(b, -1, -1) for part in self.rotary)
+        return inputs
+
+    @classmethod
+    def from_inputs(cls, inputs: dict[str, Tensor]) -> "Tokens":
+        """The tokens that `as_inputs` described."""
+        rotary = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
+        tokens = cls(inputs["positions"], mask=inputs.get("mask"), rotary=rotary)
+        tokens.rows = tokens.with_padding_behind()
+        return tokens
+
+
+def _expand_index(order: Tensor, x: Tensor) -> Tensor:
+    return order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x)
+
+
+class Mixer(nn.Module):
+    """A layer that lets tokens see earlier ones: attention, or a recurrence.
+
+    Every mixer is built as `Mixer(config, layer_idx)` and called as `forward` says. Recurrent ones derive from
+    `RecurrentMixer` and write `scan` instead.
+    """
+
+    layer_type: ClassVar[str]
+    """Which cache layer and which mask it takes: an entry of `config.layer_types`."""
+    ops: ClassVar[tuple[str, ...]] = ()
+    """Names of the ops of `zoo.ops` it runs on."""
+
+    def __init__(self, config: ZooConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+
+    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, memory: Any | None) -> tuple[Tensor, Carried]:
+        """Mix the tokens of a call with each other and with what `memory` holds.
+
+        Args:
+            x: activations, (b t d).
+            carried: values that earlier layers left.
+            tokens: positions, padding and documents.
+            memory: this layer's part of the cache, read and written here; None: a whole sequence without a cache.
+
+        Returns:
+            The mixed activations, (b t d), and what later layers shall find in `carried`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def state_bytes(cls, config: ZooConfig, layer_idx: int, length: int | None, dtype: torch.dtype) -> int:
+        """Bytes that one sequence of `length` tokens keeps in this layer, with activations of `dtype`."""
+        raise NotImplementedError
+
+    def saved_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """What a state file holds of this layer after `length` tokens: shapes by name, without the batch."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Initialise the raw parameters of this module, with `transformers.initialization` only."""
+
+
+class RecurrentMixer(Mixer):
+    """A mixer whose memory is a tuple of tensors that do not grow: the plugin writes `scan` and `state_shapes`."""
+
+    layer_type = RECURRENT
+
+    def scan(self, x: Tensor, state: State, tokens: Tokens) -> tuple[Tensor, State]:
+        """Run the recurrence over the tokens of a call: a pure function of its arguments and the parameters.
+
+        Where `tokens.mask` is False nothing may be written to the state nor decay it. At the first token of a document
+        other than the row's first (`tokens.segments`) the state starts anew.
+
+        Args:
+            x: activations, (b t d).
+            state: as `state_shapes` declares it, each with the batch in front.
+            tokens: positions, padding (behind the real tokens) and documents.
+
+        Returns:
+            The mixed activations, (b t d), and the state after the last real token of each row.
+        """
+        raise NotImplementedError
+
+    def scan_carried(
+        self, x: Tensor, state: State, tokens: Tokens, carried: Carried
+    ) -> tuple[Tensor, State, Carried]:
+        """`scan` for a mixer that reads what earlier layers left, or leaves something; override one of the two."""
+        y, state = self.scan(x, state, tokens)
+        return y, state, carried
+
+    @classmethod
+    def state_shapes(
+        cls, config: ZooConfig, layer_idx: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """The tensors of the state in their order: by name, the shape without the batch, and the dtype.
+
+        A dtype of None is that of the activations; a float32 state becomes float64 where the activations are.
+        """
+        raise NotImplementedError
+
+    def initial_state(self, x: Tensor) -> State:
+        """The state before the first token, for activations `x` (b t d): zeros, unless a mixer learns it."""
+        return tuple(
+            x.new_zeros((x.shape[0], *shape), dtype=_resolve(dtype, x.dtype))
+            for shape, dtype in self.state_shapes(self.config, self.layer_idx).values()
+        )
+
+    def forward(
+        self, x: Tensor, carried: Carried, tokens: Tokens, memory: RecurrentStateLayer | None
+    ) -> tuple[Tensor, Carried]:
+        if memory is None:
+            y, _, carried = self._run(x, carried, tokens, None)
+            return y, carried
+        if memory.record_past:
+            return self._run_recorded(x, carried, tokens, memory)
+        y, state, carried = self._run(x, carried, tokens, memory.states)
+        memory.write(state, x.shape[1])
+        return y, carried
+
+    def _run(self, x: Tensor, carried: Carried, tokens: Tokens, state: State | None) -> tuple[Tensor, State, Carried]:
+        """Call `scan_carried` on rows whose padding stands behind, and give everything back in the caller's order."""
+        rows = tokens.rows
+        state = self.initial_state(x) if state is None else state
+        y, state, left = self.scan_carried(
+            rows.gather(x), state, rows, {name: rows.gather(value) for name, value in carried.items()}
+        )
+        return rows.scatter(y), state, {name: rows.scatter(value) for name, value in left.items()}
+
+    def _run_recorded(
+        self, x: Tensor, carried: Carried, tokens: Tokens, memory: RecurrentStateLayer
+    ) -> tuple[Tensor, Carried]:
+        """Run while the cache records: of a long call only the tail that may be taken back is kept."""
+        pieces, t = [], x.shape[1]
+        head = max(0, t - MAX_ROLLBACK)
+        for start, stop in ((0, head), (head, t)):
+            if start == stop:
+                continue
+            part = tokens.columns(start, stop)
+            piece, below = x[:, start:stop], {name: value[:, start:stop] for name, value in carried.items()}
+            if stop < t:
+                memory.forget()
+            else:
+                memory.record(part.as_inputs(piece) | {f"carried.{name}": v for name, v in below.items()}, self._replay)
+            y, state, left = self._run(piece, below, part, memory.states)
+            memory.write(state, stop - start)
+            pieces.append((y, left))
+        ys, lefts = zip(*pieces, strict=True)
+        return torch.cat(ys, dim=1), {name: torch.cat([left[name] for left in lefts], dim=1) for name in lefts[0]}
+
+    def _replay(self, inputs: dict[str, Tensor], state: State | None) -> State:
+        """The state after recorded inputs, which `crop` kept some columns of."""
+        carried = {name.removeprefix("carried."): v for name, v in inputs.items() if name.startswith("carried.")}
+        return self._run(inputs["x"], carried, Tokens.from_inputs(inputs), state)[1]
+
+    @classmethod
+    def state_bytes(cls, config: ZooConfig, layer_idx: int, length: int | None, dtype: torch.dtype) -> int:
+        shapes = cls.state_shapes(config, layer_idx).values()
+        return sum(prod(shape) * _resolve(kind, dtype).itemsize for shape, kind in shapes)
+
+    def saved_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        shapes = self.state_shapes(self.config, self.layer_idx).values()
+        return {f"state.{i}": shape for i, (shape, _) in enumerate(shapes)}
+
+
+def _resolve(dtype: torch.dtype | None, activations: torch.dtype) -> torch.dtype:
+    if dtype is None:
+        return activations
+    return torch.promote_types(dtype, activations) if dtype.is_floating_point else dtype
+

@@ -1,0 +1,346 @@
+"""The spine: embedding, a stack of blocks, norm, and the heads. A plugin brings mixers, and overrides a named method
+where its architecture differs.
+
+    Block      x + mixer(norm(x)), then x + channel_mixer(norm(x))
+    ZooModel   embed -> run_layers -> norm
+    heads_of   the causal LM and the classifiers of a model class
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.output_capturing import capture_outputs
+
+from zoo import registry
+from zoo.cache import RECURRENT, recurrent_mask
+from zoo.config import ZooConfig
+from zoo.mixer import Carried, Mixer, Tokens
+from zoo.nn import GatedMLP, SoftmaxAttention
+
+
+class Block(GradientCheckpointingLayer):
+    """One layer: the tokens are mixed, then the channels, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: ZooConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer: Mixer = registry.find_mixer(config.mixers[layer_idx])(config, layer_idx)
+        self.channel_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.channel_mixer = GatedMLP(config)
+
+    def forward(
+        self, x: Tensor, carried: Carried, tokens: Tokens, past_key_values: Cache | None = None
+    ) -> tuple[Tensor, Carried]:
+        """x (b t d) and the values left below -> x (b t d) and the values left for the layers above."""
+        memory = None if past_key_values is None else past_key_values.layers[self.mixer.layer_idx]
+        y, carried = self.mixer(self.mixer_norm(x), carried, tokens, memory)
+        x = x + y
+        return x + self.channel_mixer(self.channel_norm(x)), carried
+
+    def reset_parameters(self) -> None:
+        """Initialise what the architecture draws by a rule of its own, with `transformers.initialization` only."""
+
+
+class ZooPreTrainedModel(PreTrainedModel):
+    """What transformers must know of every model of the zoo."""
+
+    config: ZooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = False  # every state can be rolled back, so assisted decoding is allowed
+    _can_compile_fullgraph = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": SoftmaxAttention}
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Yes; transformers would say no to a class by its name (rwkv, xlstm and others)."""
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Block, Mixer)):
+            module.reset_parameters()
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The trained parameters in groups for an optimiser: matrices and embeddings decay, vectors and scalars do not.
+
+        A plugin whose paper asks for more (other rates, matrices that must not decay) overrides this.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+
+class ZooModel(ZooPreTrainedModel):
+    """The model without a head. A plugin's model class names its config, and overrides what its paper changes."""
+
+    block_class: type[Block] = Block
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = LlamaRotaryEmbedding(config) if getattr(config, "rope_parameters", None) else None
+        self.gradient_checkpointing = False
+        self._no_split_modules = [self.block_class.__name__]
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the tokens of a call.
+
+        Args:
+            input_ids: (b t). Either these or `inputs_embeds`.
+            attention_mask: (b past+t), 0 at padding, which may stand anywhere; None: no padding, past and present.
+            position_ids: (b t), place of each token in its document. Where it does not go on by one, a new document
+                starts, and the two do not see each other. None: counted from the mask or the cache.
+            past_key_values: the cache to continue from; it is advanced in place.
+            inputs_embeds: (b t d).
+            use_cache: whether to return a cache. None: in evaluation, as the config says, unless rows are packed.
+            kwargs: options of the attention implementation.
+
+        Raises:
+            ValueError: if arguments contradict each other; a packed row cannot be cached, for example.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if position_ids is None and (kwargs.get("seq_idx") is not None or kwargs.get("cu_seq_lens_q") is not None):
+            raise ValueError("packed rows are told by position_ids: pass them beside seq_idx or cu_seq_lens_q")
+        if self.gradient_checkpointing and self.training and (past_key_values is not None or use_cache):
+            raise ValueError("gradient checkpointing runs layers twice, so it cannot advance a cache: use one of the two")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = self._read_tokens(x, attention_mask, position_ids, past_key_values, kwargs)
+        is_packed = tokens.segments is not None
+        if is_packed and (past_key_values is not None or use_cache):
+            raise ValueError("position_ids pack several documents in a row, and a cache carries one: use_cache=False")
+        if past_key_values is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training and not is_packed
+            past_key_values = DynamicCache(config=self.config) if use_cache else None
+        x = self.run_layers(x, tokens, past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def run_layers(self, x: Tensor, tokens: Tokens, past_key_values: Cache | None) -> Tensor:
+        """Embeddings (b t d) -> the residual stream after the last block (b t d)."""
+        carried: Carried = {}
+        for layer in self.layers:
+            x, carried = layer(x, carried, tokens=tokens, past_key_values=past_key_values)
+        return x
+
+    # -- reading the arguments -----------------------------------------------------------------------------------------
+
+    def _read_tokens(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        options: dict[str, Any],
+    ) -> Tokens:
+        """Work out positions, padding and documents of a call, and the masks of the layers, once for all of them."""
+        b, t = x.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        given = attention_mask
+        if isinstance(given, dict):  # `generate` makes the masks itself for caches that can be compiled
+            mask, attention_mask = given.get(RECURRENT), None
+        else:
+            attention_mask = _checked_mask(attention_mask, b, t, past)
+            is_padding_mask = attention_mask is not None and attention_mask.dim() == 2
+            mask = recurrent_mask(x, attention_mask) if is_padding_mask or self._has_recurrent_layers() else None
+        positions = position_ids
+        if positions is None and attention_mask is not None and attention_mask.dim() == 2:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -t:]
+        elif positions is None:
+            positions = (torch.arange(t, device=x.device) + past)[None]
+        tokens = Tokens(positions, mask=mask, attention_options=options | {"position_ids": position_ids})
+        if self.rotary is not None:
+            tokens.rotary = self.rotary(x, positions)
+        if position_ids is not None and t > 1 and not isinstance(given, dict):
+            starts = _document_starts(positions.expand(b, -1), mask)
+            tokens.segments = None if starts is None else starts.cumsum(dim=1)
+        tokens.rows = tokens.with_padding_behind()
+        tokens.attention_masks = given if isinstance(given, dict) else self._make_masks(x, attention_mask, tokens, cache)
+        return tokens
+
+    def _has_recurrent_layers(self) -> bool:
+        return RECURRENT in self.config.layer_types
+
+    def _make_masks(
+        self, x: Tensor, attention_mask: Tensor | None, tokens: Tokens, cache: Cache | None
+    ) -> dict[str, Any]:
+        """The masks of the attention layers, by layer type, in the form of the attention implementation."""
+        packing = {}
+        if tokens.segments is not None and attention_mask is not None:
+            if "flash" in self.config._attn_implementation:
+                raise ValueError("flash attention takes rows that are padded or packed, not both")
+            segments = tokens.segments
+            packing["and_mask_function"] = lambda b, h, q, k: segments[b, q] == segments[b, k]
+        return {
+            layer_type: LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[layer_type](
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=tokens.positions,
+                **packing,
+            )
+            for layer_type in set(self.config.layer_types) - {RECURRENT}
+        }
+
+
+def _checked_mask(mask: Tensor | None, b: int, t: int, past: int | Tensor) -> Tensor | None:
+    """The mask if it fits the call; None where it hides nothing."""
+    if mask is None or is_torchdynamo_compiling():
+        return mask
+    if mask.dim() == 2:
+        if mask.shape != (b, int(past) + t):
+            raise ValueError(
+                f"attention_mask is {tuple(mask.shape)}; the call has {b} rows of {int(past)} cached and {t} new tokens, "
+                f"so it must be {(b, int(past) + t)}"
+            )
+        return None if mask.all() else mask
+    return mask
+
+
+def _document_starts(positions: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Where a row's second and later documents start, (b t) bool: its real tokens' positions do not go on by one there.
+
+    None if every row is one document.
+    """
+    rows = Tokens(positions, mask=mask).with_padding_behind()
+    starts = torch.diff(rows.positions, dim=1, prepend=rows.positions[:, :1] - 1) != 1
+    if rows.mask is not None:
+        starts = starts & rows.mask
+    if not is_torchdynamo_compiling() and not starts.any():
+        return None
+    return rows.scatter(starts)
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+class ZooForCausalLM(ZooPreTrainedModel):
+    """A model with a language-modelling head; made by `heads_of`."""
+
+    model_class: type[ZooModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """(b t d) -> (b t vocabulary); the place for a soft-cap."""
+        return self.lm_head(hidden_states)
+
+    def auxiliary_loss(self, outputs: BaseModelOutputWithPast) -> Tensor | None:
+        """A scalar that training adds to the loss, from what the layers left in `outputs`; None: nothing."""
+        return None
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the mean loss of predicting `labels`.
+
+        Args:
+            labels: (b t), the input ids themselves (the shift is made here); -100 is not predicted, and neither is
+                the first token of a document that `position_ids` pack behind another.
+            logits_to_keep: how many of the last positions get logits; 0 means all. Or the indices of the positions.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs:
+                as for `ZooModel.forward`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.compute_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            labels = _without_document_starts(labels, attention_mask, position_ids)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            auxiliary = self.auxiliary_loss(outputs)
+            loss = loss if auxiliary is None else loss + auxiliary
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _without_document_starts(labels: Tensor, attention_mask: Any, position_ids: Tensor | None) -> Tensor:
+    """The labels, without those that the end of another document would have to predict."""
+    if position_ids is None:
+        return labels
+    is_padding_mask = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    mask = attention_mask[:, -labels.shape[1] :].bool() if is_padding_mask else None
+    starts = _document_starts(position_ids.expand(labels.shape[0], -1), mask)
+    return labels if starts is None else labels.masked_fill(starts, -100)
+
+
+def heads_of(model: type[ZooModel]) -> tuple[type[ZooForCausalLM], type[PreTrainedModel], type[PreTrainedModel]]:
+    """The classes `<Name>ForCausalLM`, `...ForSequenceClassification`, `...ForTokenClassification` of `<Name>Model`.
+
+    Assign them to names in the module of the model, where pickle and `save_pretrained` look for them.
+    """
+    name = model.__name__.removesuffix("Model")
+    shared = {"__module__": model.__module__, "config_class": model.config_class}
+
+    def derive(suffix: str, *bases: type, **attributes: Any) -> type:
+        return type(name + suffix, bases, {**shared, **attributes, "__qualname__": name + suffix})
+
+    return (
+        derive("ForCausalLM", ZooForCausalLM, GenerationMixin, model_class=model),
+        derive("ForSequenceClassification", GenericForSequenceClassification, ZooPreTrainedModel),
+        derive("ForTokenClassification", GenericForTokenClassification, ZooPreTrainedModel),
+    )

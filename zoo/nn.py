@@ -1,0 +1,190 @@
+"""Parts that several architectures use: the gated MLP, softmax attention over everything or over a window, rotations.
+
+Letters: b batch, t queries, s keys, h heads, d head width, r rotated width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from zoo.cache import State
+from zoo.config import ZooConfig
+from zoo.mixer import Carried, Mixer, RecurrentMixer, Tokens
+
+
+class GatedMLP(nn.Module):
+    """The gated channel mixer, `down(act(gate(x)) * up(x))`: SwiGLU with the default activation (arXiv:2002.05202)."""
+
+    def __init__(self, config: ZooConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+# -- rotations ---------------------------------------------------------------------------------------------------------
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading r features of x (b t h d), feature i with i + r/2, by angles of cosines and sines (b|1 t r)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate features 2i and 2i + 1 of x (b t h d) by angles whose cosines and sines are (b|1 t d/2)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+# -- softmax attention -------------------------------------------------------------------------------------------------
+
+
+class SoftmaxAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v through transformers' attention interface: eager, SDPA, flash or flex."""
+
+    is_causal = True
+
+    def __init__(self, config: ZooConfig):
+        super().__init__()
+        self.config = config
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options) -> tuple[Tensor, Tensor | None]:
+        """q (b h t d), k and v (b g s d) with g key-value heads -> (b t h*d), weights (b h t s) where eager gives them."""
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        y, weights = attend(self, q, k, v, mask, dropout=dropout, scaling=q.shape[-1] ** -0.5, **options)
+        return y.flatten(2), weights
+
+
+def eager_attention(
+    module: SoftmaxAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **unused,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain torch, with an additive mask (b 1 t s): the only form that returns its weights."""
+    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
+    scores = q @ k.mT * scaling
+    if mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    y = F.dropout(weights, dropout, module.training) @ v
+    return y.transpose(1, 2), weights
+
+
+class _GroupedQueries:
+    """The projections of grouped-query attention (arXiv:2305.13245), for the mixers below."""
+
+    ops = ("attention",)
+
+    def __init__(self, config: ZooConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias)
+        self.attention = SoftmaxAttention(config)
+
+    def _project(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b t d) -> q (b h t d), k, v (b g t d), rotated where the model has a rotary embedding."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if tokens.rotary is not None:
+            q, k = rotate_halves(q, *tokens.rotary), rotate_halves(k, *tokens.rotary)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class Attention(_GroupedQueries, Mixer):
+    """Causal softmax attention over the whole sequence; its memory is transformers' cache of keys and values."""
+
+    layer_type = "full_attention"
+
+    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, memory: Any | None) -> tuple[Tensor, Carried]:
+        q, k, v = self._project(x, tokens)
+        if memory is not None:
+            k, v = memory.update(k, v)
+        y, _ = self.attention(q, k, v, tokens.attention_masks[self.layer_type], **tokens.attention_options)
+        return self.o_proj(y), carried
+
+    @classmethod
+    def state_bytes(cls, config: ZooConfig, layer_idx: int, length: int | None, dtype: torch.dtype) -> int:
+        if length is None:
+            raise ValueError("the state of attention grows with the sequence: state_bytes needs its length")
+        return 2 * length * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+    def saved_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        shape = (self.config.num_key_value_heads, length, self.config.head_dim)
+        return {"keys": shape, "values": shape}
+
+
+class SlidingWindowAttention(_GroupedQueries, RecurrentMixer):
+    """Causal softmax attention to the newest `config.sliding_window` tokens of a document, the token itself included.
+
+    Its memory is a recurrent state: the keys and values of the window. So padding takes no room in the window, and
+    everything that the state contract promises holds. The count says how many slots of the window, from the right,
+    have been filled.
+    """
+
+    @classmethod
+    def state_shapes(cls, config: ZooConfig, layer_idx: int) -> dict:
+        window = (config.num_key_value_heads, config.sliding_window - 1, config.head_dim)
+        return {"keys": (window, None), "values": (window, None), "count": ((), torch.long)}
+
+    def scan(self, x: Tensor, state: State, tokens: Tokens) -> tuple[Tensor, State]:
+        past_k, past_v, count = state
+        b, t = x.shape[:2]
+        kept = self.config.sliding_window - 1
+        q, k, v = self._project(x, tokens)
+        k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+        visible = self._visible(count, t, tokens.segments)
+        y, _ = self.attention(q, k, v, self._as_mask(visible, x.dtype), **tokens.attention_options)
+
+        lengths = count.new_full((b,), t) if tokens.mask is None else tokens.mask.sum(dim=1)
+        newest = lengths[:, None] + torch.arange(kept, device=x.device)  # the slots of the last `kept` real tokens
+        index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        return self.o_proj(y), (k.gather(2, index), v.gather(2, index), count + lengths)
+
+    def _visible(self, count: Tensor, t: int, segments: Tensor | None) -> Tensor:
+        """Which of the s = window - 1 + t slots each query sees, (b 1 t s)."""
+        kept = self.config.sliding_window - 1
+        query = torch.arange(t, device=count.device)[:, None] + kept
+        slot = torch.arange(kept + t, device=count.device)
+        in_window = (slot <= query) & (slot >= query - kept)
+        filled = slot >= kept - count[:, None]
+        visible = in_window & filled[:, None]
+        if segments is not None:
+            documents = torch.cat([segments[:, :1].expand(-1, kept), segments], dim=1)
+            visible = visible & (segments[:, :, None] == documents[:, None, :])
+        return visible[:, None]
+
+    def _as_mask(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        """`visible` in the form the attention implementation takes."""
+        implementation = self.config._attn_implementation
+        if "flash" in implementation:
+            raise ValueError(
+                f"sliding-window layers need a mask for every query, which {implementation} cannot take; load the model "
+                "with attn_implementation='sdpa' or 'flex_attention'"
+            )
+        if implementation == "sdpa":
+            return visible
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)

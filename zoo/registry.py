@@ -1,0 +1,181 @@
+"""Plugins: found in the tree and among installed distributions, handed to the Auto classes, looked up by name.
+
+An architecture is one `Plugin` value, named `PLUGIN` in its package. In-tree packages are found by a scan of
+`zoo.plugins`; other distributions point at theirs with an entry point of the group `zoo.plugins`.
+"""
+
+import dataclasses
+import importlib
+import logging
+import pkgutil
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib.metadata import entry_points
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from zoo.errors import unknown_name
+
+logger = logging.getLogger(__name__)
+
+_AUTO_CLASSES = {
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "Model": AutoModel,
+}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """All that the zoo must know of one architecture.
+
+    Args:
+        models: its model classes; the end of a class's name says which Auto class offers it.
+        presets: configurations by name, each the fields that differ from the config's defaults. One ends in `-tiny`.
+        mixers: the mixer classes it offers to any model, by name.
+        lora_targets: names of the linear modules that a LoRA adapter should cover, as peft's `target_modules`.
+        paper: where it was published.
+        unkept: promises of the contract test that the architecture cannot keep, each with the reason; the call must
+            raise an error that gives it.
+    """
+
+    models: tuple[type[PreTrainedModel], ...]
+    presets: Mapping[str, Mapping[str, Any]]
+    mixers: Mapping[str, type] = field(default_factory=dict)
+    lora_targets: tuple[str, ...] = ()
+    paper: str = ""
+    unkept: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        return self.models[0].config_class
+
+    def model_class(self, suffix: str) -> type[PreTrainedModel]:
+        """The class whose name ends in `suffix`, as `"ForCausalLM"`."""
+        return next(model for model in self.models if _suffix(model) == suffix)
+
+
+_plugins: dict[str, Plugin] = {}
+_failures: dict[str, Exception] = {}
+
+
+def load_plugins() -> None:
+    """Find every plugin and register it. One that cannot be imported is reported and left out."""
+    from zoo import plugins as tree  # noqa: PLC0415 (plugins import zoo, which is complete only now)
+
+    sources = {found.name: f"{tree.__name__}.{found.name}" for found in pkgutil.iter_modules(tree.__path__)}
+    for point in entry_points(group="zoo.plugins"):
+        if point.name in sources:
+            raise ValueError(f"plugin {point.name!r} is offered twice: by {sources[point.name]} and by {point.value}")
+        sources[point.name] = point.value
+    for name, module in sorted(sources.items()):
+        try:
+            plugin = importlib.import_module(module).PLUGIN
+        except Exception as error:  # whatever a foreign package raises, the rest of the zoo must work
+            _failures[name] = error
+            logger.warning("zoo plugin %r (%s) is left out: %s: %s", name, module, type(error).__name__, error)
+            continue
+        register(name, plugin)
+
+
+def register(name: str, plugin: Plugin) -> None:
+    """Enter a plugin under a name and hand its classes to transformers' Auto classes.
+
+    Raises:
+        ValueError: if a name it brings is taken, by another plugin or by transformers itself.
+    """
+    for kind in ("presets", "mixers"):
+        for other, registered in _plugins.items():
+            if taken := getattr(registered, kind).keys() & getattr(plugin, kind).keys():
+                raise ValueError(f"plugin {name!r} brings {kind} that {other!r} has already: {', '.join(sorted(taken))}")
+    config = plugin.config_class
+    AutoConfig.register(config.model_type, config)
+    for model in plugin.models:
+        _AUTO_CLASSES[_suffix(model)].register(config, model)
+    _plugins[name] = plugin
+
+
+def _suffix(model: type) -> str:
+    for suffix in _AUTO_CLASSES:
+        if model.__name__.endswith(suffix):
+            return suffix
+    raise ValueError(f"the name of {model.__name__} ends in none of {', '.join(_AUTO_CLASSES)}")
+
+
+# -- looking things up -------------------------------------------------------------------------------------------------
+
+
+def find_mixer(name: str) -> type:
+    """The mixer class of that name.
+
+    Raises:
+        ValueError: on an unknown name; the nearest known ones are suggested.
+    """
+    return _find("mixer", name, {key: mixer for plugin in _plugins.values() for key, mixer in plugin.mixers.items()})
+
+
+def find_preset(name: str) -> Plugin:
+    """The plugin that has a preset of that name.
+
+    Raises:
+        ValueError: on an unknown name; the nearest known ones are suggested.
+    """
+    return _find("model", name, {preset: plugin for plugin in _plugins.values() for preset in plugin.presets})
+
+
+def _find(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name in known:
+        return known[name]
+    for plugin, error in _failures.items():
+        if name == plugin or name.startswith(f"{plugin}-"):
+            raise error
+    raise unknown_name(kind, name, known)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the presets that match a shell pattern, in natural order (`x-2b` before `x-10b`)."""
+    names = (name for plugin in _plugins.values() for name in plugin.presets)
+    return sorted((name for name in names if fnmatchcase(name, pattern)), key=_natural_key)
+
+
+def _natural_key(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def create_config(name: str, **overrides) -> PreTrainedConfig:
+    """The configuration of a preset, with some fields changed.
+
+    Raises:
+        ValueError: on an unknown preset or field; the nearest known ones are suggested.
+    """
+    plugin = find_preset(name)
+    known = _field_names(plugin.config_class)
+    for key in overrides:
+        if key not in known:
+            raise unknown_name(f"field of {plugin.config_class.__name__}", key, known)
+    return plugin.config_class(**{**plugin.presets[name], **overrides})
+
+
+def create_model(name: str, **overrides) -> PreTrainedModel:
+    """A freshly initialised causal language model of a preset, with some configuration fields changed.
+
+    Raises:
+        ValueError: on an unknown preset or field; the nearest known ones are suggested.
+    """
+    return find_preset(name).model_class("ForCausalLM")(create_config(name, **overrides))
+
+
+def _field_names(config_class: type[PreTrainedConfig]) -> Iterable[str]:
+    return [field.name for field in dataclasses.fields(config_class)] + ["num_labels", "attn_implementation"]

@@ -1,7 +1,9 @@
 """What every model of the zoo promises, for every `*-tiny` preset the registry lists: a new plugin is tested by existing.
 
-Unless a test says otherwise, two ways of computing the same thing are compared relative to the largest magnitude, to
-`TOLERANCE`: float32 shows that it is usable, float64 that it is the same mathematics.
+Unless a test says otherwise, two ways of computing the same thing are compared by the norm of their difference relative
+to the norm of what is expected, to `TOLERANCE`: float32 shows that it is usable, float64 that it is the same mathematics.
+(The norm, not the largest entry: a normalised output that is almost zero, as retention's at a first token whose query
+and key are orthogonal, is a matter of rounding in float32 however it is computed. One wrong token is far above either.)
 """
 
 import copy
@@ -73,7 +75,7 @@ def ids(b: int, t: int, seed: int = 0) -> Tensor:
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    error = (actual - expected).norm() / expected.norm().clamp(min=1e-30)
     assert error <= TOLERANCE[expected.dtype], f"{what}: relative error {error:.1e}"
 
 
@@ -98,9 +100,9 @@ def gradients(model) -> dict[str, Tensor]:
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
-    scale = max(gradient.abs().max() for gradient in expected.values())
+    scale = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
-        error = (actual[name] - gradient).abs().max() / torch.maximum(gradient.abs().max(), 1e-3 * scale)
+        error = (actual[name] - gradient).norm() / torch.maximum(gradient.norm(), 1e-3 * scale)
         assert error <= TOLERANCE[gradient.dtype], f"gradient of {name}: relative error {error:.1e}"
 
 
@@ -246,7 +248,10 @@ DOCUMENTS = [3, 1, 40, 21, 5]
 @both_dtypes
 @pytest.mark.parametrize("mask", [None, "ones", "padded"])
 def test_packing(name, dtype, mask):
-    """Documents that position_ids alone tell apart have the loss, logits and gradients they have alone."""
+    """Documents that position_ids alone tell apart have the logits, loss and gradients they have alone.
+
+    Gradients are compared in float64: documents of one token meet the ill-conditioned case named above.
+    """
     model, row = make(name, dtype), ids(2, sum(DOCUMENTS))
     positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None].expand(2, -1)
     documents = list(zip(row.split(DOCUMENTS, dim=1), DOCUMENTS, strict=True))
@@ -262,20 +267,21 @@ def test_packing(name, dtype, mask):
         packed[:, place] = row
         kwargs["attention_mask"] = torch.zeros_like(packed).index_fill(1, place, 1)
         kwargs["position_ids"] = torch.zeros_like(packed).index_copy(1, place, positions.contiguous())
-    labels = packed if mask != "padded" else packed.masked_fill(kwargs["attention_mask"] == 0, -100)
     out = model(packed, **kwargs)
     assert out.past_key_values is None
-    if mask != "padded":  # with padding inside, "the next token" is a matter of the labels, not of the model
-        out.loss = model(packed, labels=labels, **kwargs).loss
-        out.loss.backward()
-        together, count = gradients(model), 2 * sum(n - 1 for n in DOCUMENTS)
-        model.zero_grad()
-        alone = sum(model(d, labels=d).loss * 2 * (n - 1) / count for d, n in documents if n > 1)
-        alone.backward()
-        assert_close(out.loss, alone, "loss")
-        assert_same_gradients(together, gradients(model))
     expected = torch.cat([model(document).logits for document, _ in documents], dim=1)
     assert_close(out.logits[:, place], expected, "logits")
+    if mask != "padded":  # with padding inside a row, which token comes next is a matter of the labels
+        count = sum(n - 1 for n in DOCUMENTS)
+        alone = sum(model(document, labels=document).loss * (n - 1) / count for document, n in documents if n > 1)
+        assert_close(model(packed, labels=packed, **kwargs).loss, alone, "loss")
+    if dtype == torch.float64:
+        weight = torch.randn(expected.shape, dtype=dtype)
+        (out.logits[:, place] * weight).sum().backward()
+        together = gradients(model)
+        model.zero_grad()
+        (expected * weight).sum().backward()
+        assert_same_gradients(together, gradients(model))
 
 
 @promise

@@ -73,6 +73,15 @@ class ZooPreTrainedModel(PreTrainedModel):
         """Yes; transformers would say no to a class by its name (rwkv, xlstm and others)."""
         return True
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise one module, whether or not it has parameters of its own.
+
+        For code outside of transformers the caller leaves out modules whose own parameters are all loaded, and so every
+        module that only has children: a mixer, a block. The zoo writes through `transformers.initialization`, which
+        leaves a loaded parameter alone, so it needs no such care.
+        """
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -1,0 +1,37 @@
+# The two commands of the README. Both make .venv and install into it, pinned by constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed-train
+	rm -rf runs/demo
+	$(BIN)/zoo train recipes/tiny/retnet.yaml train.output=runs/demo
+	@echo "--- a fresh process loads runs/demo/latest and continues a prompt ---"
+	$(BIN)/zoo generate runs/demo/latest --prompt "def read_text(path):" --max-new-tokens 60
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed-train: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[train]'
+	@touch $@
+
+# The oracles are installed without what they ask for: their own dependencies pull in gigabytes that parity does not use.
+.venv/installed-test: .venv/bin/python pyproject.toml constraints.txt tests/parity/oracles.txt
+	$(INSTALL) --editable '.[train,test]'
+	$(INSTALL) --no-deps --requirement tests/parity/oracles.txt
+	@touch $@ .venv/installed-train

@@ -1,0 +1,126 @@
+"""RetNet against torchscale 0.3.0, the code of its authors: parallel, chunkwise and recurrent forms, and gradients."""
+
+import sys
+from importlib.metadata import version
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+
+SIZES = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_heads": 2}
+VALUE_SIZE = 96
+TOLERANCE = 1e-4  # float32, relative to the largest logit
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """A torchscale decoder. The two parts of other packages that it imports, and never uses here, are stubbed."""
+    for name in ("fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers"):
+        sys.modules.setdefault(name, ModuleType(name))
+    sys.modules["fairscale.nn"].checkpoint_wrapper = sys.modules["fairscale.nn"].wrap = lambda module: module
+    sys.modules["timm.models.layers"].drop_path = lambda x, *_: x
+    assert version("torchscale") == "0.3.0"
+    from torchscale.architecture.config import RetNetConfig
+    from torchscale.architecture.retnet import RetNetDecoder
+
+    config = RetNetConfig(
+        vocab_size=SIZES["vocab_size"],
+        decoder_embed_dim=SIZES["hidden_size"],
+        decoder_value_embed_dim=VALUE_SIZE,
+        decoder_retention_heads=SIZES["num_heads"],
+        decoder_ffn_embed_dim=SIZES["intermediate_size"],
+        decoder_layers=SIZES["num_hidden_layers"],
+        recurrent_chunk_size=8,
+    )
+    torch.manual_seed(0)
+    embedding = nn.Embedding(SIZES["vocab_size"], SIZES["hidden_size"])
+    decoder = RetNetDecoder(config, embed_tokens=embedding).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():  # away from the initial values, norms included
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return decoder
+
+
+NAMES = {
+    "embed_tokens": "model.embed_tokens",
+    "output_projection": "lm_head",
+    "layer_norm": "model.norm",
+    "retention_layer_norm": "mixer_norm",
+    "final_layer_norm": "channel_norm",
+    "retention": "mixer",
+    "out_proj": "o_proj",
+    "ffn": "channel_mixer",
+    "fc1": "gate_proj",
+    "gate": "up_proj",
+    "fc2": "down_proj",
+    "layers": "model.layers",
+}
+
+
+def renamed(name: str) -> str:
+    return ".".join(NAMES.get(part, part) for part in name.split("."))
+
+
+@pytest.fixture(scope="module")
+def model(oracle):
+    model = zoo.create_model("retnet-tiny", **SIZES, value_size=VALUE_SIZE, tie_word_embeddings=False).eval()
+    model.load_state_dict({renamed(name): parameter for name, parameter in oracle.named_parameters()})
+    return model
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, SIZES["vocab_size"], (2, 50), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_parallel_and_chunkwise_forms(oracle, model, tokens):
+    logits = model(tokens).logits
+    for chunkwise in (False, True):
+        oracle.chunkwise_recurrent = chunkwise
+        assert relative_error(logits, oracle(tokens)[0]) <= TOLERANCE
+    oracle.chunkwise_recurrent = False
+
+
+@torch.no_grad()
+def test_recurrent_form(oracle, model, tokens):
+    """Token by token on both sides; torchscale takes the position from the length of the prefix."""
+    state, cache = {}, None
+    for t in range(tokens.shape[1]):
+        expected = oracle(tokens[:, : t + 1], incremental_state=state)[0]
+        out = model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        assert relative_error(out.logits, expected) <= TOLERANCE
+
+
+def test_gradients(oracle, model, tokens):
+    """Of the parallel form, whose normalisers torchscale detaches; the norm behind them makes that no difference."""
+    weight = torch.randn(2, 50, SIZES["vocab_size"], generator=torch.Generator().manual_seed(1))
+    (oracle(tokens)[0] * weight).sum().backward()
+    (model(tokens).logits * weight).sum().backward()
+    ours = dict(model.named_parameters())
+    for name, parameter in oracle.named_parameters():
+        assert relative_error(ours[renamed(name)].grad, parameter.grad) <= 5 * TOLERANCE, name
+
+
+def test_initialisation(oracle):
+    """Every kind of weight is drawn as torchscale draws it: same bounds or deviation, by moments."""
+    from torchscale.architecture.retnet import RetNetDecoder
+
+    torch.manual_seed(0)
+    theirs = RetNetDecoder(oracle.args, embed_tokens=nn.Embedding(SIZES["vocab_size"], SIZES["hidden_size"]))
+    ours = zoo.create_model("retnet-tiny", **SIZES, value_size=VALUE_SIZE, tie_word_embeddings=False)
+    ours = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if name == "embed_tokens.weight":
+            continue  # the caller's own in torchscale; here the deviation of its output projection
+        drawn = ours[renamed(name)]
+        assert abs(drawn.std() - parameter.std()) <= 0.05 * parameter.std() + 1e-8, name
+        assert abs(drawn.abs().max() - parameter.abs().max()) <= 0.25 * parameter.abs().max(), name

@@ -1,0 +1,58 @@
+"""The Transformer baseline against transformers' Llama (full attention) and Mistral (sliding window)."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import zoo
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+NAMES = {
+    "self_attn": "mixer",
+    "mlp": "channel_mixer",
+    "input_layernorm": "mixer_norm",
+    "post_attention_layernorm": "channel_norm",
+}
+
+
+def renamed(name: str) -> str:
+    return ".".join(NAMES.get(part, part) for part in name.split("."))
+
+
+@pytest.fixture(params=["full", "sliding"])
+def pair(request):
+    if request.param == "full":
+        oracle = LlamaForCausalLM(LlamaConfig(**SIZES, rms_norm_eps=1e-6, max_position_embeddings=2048))
+        changes = {"mixers": ["attention"]}
+    else:
+        oracle = MistralForCausalLM(MistralConfig(**SIZES, rms_norm_eps=1e-6, sliding_window=9))
+        changes = {"mixers": ["sliding_attention"], "sliding_window": 9}
+    oracle = oracle.double().eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = zoo.create_model("transformer-tiny", **SIZES, **changes).double().eval()
+    model.load_state_dict({renamed(name): value for name, value in oracle.state_dict().items()})
+    return model, oracle
+
+
+def test_logits_and_gradients(pair):
+    """In float64, to 1e-6: transformers normalises in float32 whatever the weights are, the zoo does not."""
+    model, oracle = pair
+    tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    logits, expected = model(tokens).logits, oracle(tokens).logits
+    assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+    logits.pow(2).sum().backward()
+    expected.pow(2).sum().backward()
+    ours = dict(model.named_parameters())
+    for name, parameter in oracle.named_parameters():
+        error = (ours[renamed(name)].grad - parameter.grad).abs().max() / parameter.grad.abs().max()
+        assert error <= 1e-5, name

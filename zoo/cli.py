@@ -1,0 +1,152 @@
+"""The command `zoo`: list, show, train, generate. Errors are one line; `--debug` shows the traceback."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from zoo.errors import unknown_name
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest command where the command is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; each command is a function of this module that takes the parsed arguments."""
+    parser = _Parser(prog="zoo", description="Sequence architectures as first-class Hugging Face models.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    command = commands.add_parser("list", help="the models there are")
+    command.add_argument("pattern", nargs="?", default="*", help="a shell pattern, as 'retnet*'")
+    command.set_defaults(run=list_presets)
+
+    command = commands.add_parser("show", help="parameters, state and paper of a model")
+    command.add_argument("name", help="a name of `zoo list`")
+    command.add_argument("--length", type=int, default=2048, help="tokens at which a growing state is measured")
+    command.set_defaults(run=show)
+
+    command = commands.add_parser("train", help="pretrain a model as a recipe says")
+    command.add_argument("recipe", help="a YAML file, or one that comes with the zoo, as tiny/retnet.yaml")
+    command.add_argument("assignments", nargs="*", metavar="key=value", help="what to change, as train.seed=1")
+    command.set_defaults(run=train)
+
+    command = commands.add_parser("generate", help="continue a prompt, streaming")
+    command.add_argument("checkpoint", help="a folder or a name on the Hub")
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--max-new-tokens", type=int, default=100)
+    command.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=generate)
+
+    for command in commands.choices.values():  # so that the flag may stand behind the command too
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(known_commands=tuple(commands.choices))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, 1 after an error, or 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        parser = build_parser()
+        command = next((word for word in words if not word.startswith("-")), None)
+        if command is not None and command not in parser.get_default("known_commands"):
+            raise unknown_name("command", command, parser.get_default("known_commands"))
+        parsed = parser.parse_args(words)
+        parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"zoo: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+# -- commands ------------------------------------------------------------------------------------------------------------
+
+
+def list_presets(arguments: argparse.Namespace) -> None:
+    import zoo  # noqa: PLC0415 (so that --help does not wait for torch)
+
+    names = zoo.list_models(arguments.pattern)
+    if not names:
+        raise unknown_name("model", arguments.pattern, zoo.list_models())
+    for name in names:
+        print(name)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    import zoo  # noqa: PLC0415
+
+    summary = zoo.summarize(arguments.name)
+    config = zoo.create_config(arguments.name)
+    state = zoo.state_bytes(config, arguments.length)
+    grows = state != zoo.state_bytes(config, arguments.length + 1)
+    print(f"{'name':<12}{summary.name}")
+    print(f"{'type':<12}{summary.model_type}")
+    print(f"{'mixers':<12}{', '.join(dict.fromkeys(summary.mixers))}, {len(summary.mixers)} layers")
+    print(f"{'parameters':<12}{summary.parameters:,}")
+    print(f"{'':<12}{summary.embedding_parameters:,} embedding")
+    print(f"{'':<12}{summary.parameters - summary.embedding_parameters:,} other")
+    print(f"{'state':<12}{state:,} bytes a sequence" + (f" of {arguments.length:,} tokens" if grows else ", any length"))
+    print(f"{'paper':<12}{summary.paper}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    try:
+        from zoo.train import config, loop  # noqa: PLC0415 (an extra, and slow to import)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"training needs {error.name}: pip install 'sequence-zoo[train]'") from error
+    settings = config.load_config(arguments.recipe, arguments.assignments)
+    try:
+        loop.run(settings)
+    except KeyboardInterrupt:
+        latest = Path(settings.train.output) / "latest"
+        if latest.exists():
+            print(f"zoo: stopped; the weights so far are in {latest}", file=sys.stderr)
+        raise
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer  # noqa: PLC0415
+
+    import zoo  # noqa: F401, PLC0415 (registers the architectures)
+
+    looks_local = arguments.checkpoint.startswith((".", "/", "~")) or arguments.checkpoint.count("/") != 1
+    if looks_local and not Path(arguments.checkpoint, "config.json").is_file():
+        raise ValueError(f"{arguments.checkpoint} is no checkpoint: it has no config.json")
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    torch.manual_seed(arguments.seed)
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature}
+    model.generate(
+        **tokenizer(arguments.prompt, return_tensors="pt"),
+        **sampling,
+        max_new_tokens=arguments.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

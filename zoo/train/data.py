@@ -1,0 +1,109 @@
+"""Text that needs no download, a tokenizer trained on it, and batches that are a function of seed and step."""
+
+import hashlib
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from zoo.errors import unknown_name
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on, and a text that is never trained on."""
+
+    documents: list[str]
+    held_out: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all of it, in order."""
+        digest = hashlib.sha256()
+        for text in (*self.documents, self.held_out):
+            digest.update(text.encode() + b"\0")
+        return digest.hexdigest()
+
+
+def read_stdlib() -> Corpus:
+    """The running Python's standard library without its tests: code and docstrings, about 12 MB.
+
+    Held out is the prose of the language reference that `help()` shows (`pydoc_data.topics`).
+    """
+    from pydoc_data.topics import topics  # noqa: PLC0415 (large, and only this corpus needs it)
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "pydoc_data", "__pycache__"}
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        if left_out.isdisjoint(path.relative_to(root).parts):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            if text.strip():
+                documents.append(text)
+    return Corpus(documents, "\n\n".join(topics[name] for name in sorted(topics)))
+
+
+CORPORA: dict[str, Callable[[], Corpus]] = {"stdlib": read_stdlib}
+
+
+def read_corpus(name: str) -> Corpus:
+    """The corpus of that name.
+
+    Raises:
+        ValueError: on an unknown name, or if the corpus turns out empty on this machine.
+    """
+    if name not in CORPORA:
+        raise unknown_name("corpus", name, CORPORA)
+    corpus = CORPORA[name]()
+    if not corpus.documents or not corpus.held_out:
+        raise ValueError(f"corpus {name!r} is empty on this machine")
+    return corpus
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (no unknown characters) of `vocab_size` entries."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer, length=len(documents))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarray:
+    """All documents as one row of token ids, the end-of-text token in front of each."""
+    encodings = tokenizer.backend_tokenizer.encode_batch(documents)
+    pieces = [np.array([tokenizer.eos_token_id, *encoding.ids], dtype=np.int32) for encoding in encodings]
+    return np.concatenate(pieces)
+
+
+def batches(tokens: np.ndarray, length: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Rows of `length` tokens without end, (batch_size length): each pass goes through all rows once in a new order.
+
+    Raises:
+        ValueError: if the tokens do not fill one batch.
+    """
+    rows = len(tokens) // length
+    if rows < batch_size:
+        raise ValueError(f"the corpus has {rows} rows of {length} tokens, a batch wants {batch_size}")
+    table = torch.from_numpy(tokens[: rows * length]).long().view(rows, length)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(rows, generator=generator)
+        for start in range(0, rows - batch_size + 1, batch_size):
+            yield table[order[start : start + batch_size]]

@@ -1,0 +1,189 @@
+"""The pretraining loop: one process, a log line a step, whole checkpoints, and a report at the end."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import matplotlib
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zoo.evaluate import TextScore, score_text
+from zoo.registry import create_model
+from zoo.train.config import TrainConfig, to_yaml
+from zoo.train.data import batches, encode, read_corpus, train_tokenizer
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
+
+_SMOOTHING = 0.95  # of the loss in the progress bar and of the line in the plot
+
+
+def run(config: TrainConfig, say: Callable[[str], None] = print) -> TextScore:
+    """Train a tokenizer and a model as the recipe says, and leave log, plot, checkpoints and figures in its output.
+
+    Ctrl-C saves a checkpoint of the step it comes in before it takes effect.
+
+    Returns:
+        The score of the held-out text.
+
+    Raises:
+        ValueError: if the output holds a run already, or the recipe does not fit the data.
+        FloatingPointError: if the loss stops being finite; the last checkpoint is named.
+    """
+    output = Path(config.train.output)
+    if (output / "log.jsonl").exists():
+        raise ValueError(f"{output} holds a run already: remove it, or choose another train.output")
+    torch.manual_seed(config.train.seed)
+    corpus = read_corpus(config.data.corpus)
+    started = time.perf_counter()
+    tokenizer = train_tokenizer(corpus.documents, config.data.vocab_size)
+    tokens = encode(tokenizer, corpus.documents)
+    say(
+        f"corpus {config.data.corpus}: {len(corpus.documents)} documents, {len(tokens):,} tokens of a vocabulary of "
+        f"{len(tokenizer):,} ({time.perf_counter() - started:.0f} s)"
+    )
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    model = create_model(config.model.preset, **{**special, **config.model.overrides})
+    say(f"{config.model.preset}: {model.num_parameters():,} parameters")
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(to_yaml(config))
+    _optimise(config, model, tokenizer, tokens, output)
+
+    score = score_text(model, tokenizer, corpus.held_out, window=config.data.sequence_length)
+    figures = {**score._asdict(), "corpus_sha256": corpus.sha256, "parameters": model.num_parameters()}
+    (output / "held_out.json").write_text(json.dumps(figures, indent=2) + "\n")
+    plot_loss(output / "log.jsonl", output / "loss.png", score)
+    say(f"held-out text, never trained on, {score.tokens:,} tokens:")
+    say(f"  loss             {score.loss:.3f} nats a token   {score.bits_per_byte:.3f} bits per byte")
+    say(f"  unigram entropy  {score.unigram_entropy:.3f} nats a token   {score.unigram_bits_per_byte:.3f} bits per byte")
+    say(f"sample: {generate_sample(model, tokenizer, config.train.sample_prompt)!r}")
+    say(f"checkpoint {output / 'latest'}, loss curve {output / 'loss.png'}")
+    return score
+
+
+def _optimise(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens,
+    output: Path,
+) -> None:
+    length, batch_size, settings = config.data.sequence_length, config.data.batch_size, config.train
+    steps = max(1, round(settings.tokens / (length * batch_size)))
+    optimiser = torch.optim.AdamW(
+        model.parameter_groups(settings.weight_decay), lr=settings.learning_rate, betas=tuple(settings.betas), fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warmup_cosine(steps, settings.warmup_fraction))
+    smooth, step = None, 0
+    model.train()
+    with (
+        (output / "log.jsonl").open("w") as log,
+        tqdm(total=steps * length * batch_size, unit="tok", unit_scale=True, desc=config.model.preset) as bar,
+    ):
+        try:
+            for step, batch in zip(range(1, steps + 1), batches(tokens, length, batch_size, settings.seed), strict=False):
+                started = time.perf_counter()
+                loss = model(batch, labels=batch).loss
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                if not (loss.isfinite() and norm.isfinite()):
+                    raise FloatingPointError(
+                        f"loss {loss.item()} and gradient norm {norm.item()} at step {step}; the last checkpoint is "
+                        f"{os.path.realpath(output / 'latest')}"
+                    )
+                rate = schedule.get_last_lr()[0]
+                optimiser.step()
+                schedule.step()
+                optimiser.zero_grad()
+                speed = batch.numel() / (time.perf_counter() - started)
+                _log(log, step=step, loss=loss.item(), grad_norm=norm.item(), lr=rate, tokens_per_second=speed)
+                smooth = loss.item() if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * loss.item()
+                bar.set_postfix_str(f"loss {smooth:.3f}", refresh=False)
+                bar.update(batch.numel())
+                if step % settings.save_every == 0 and step < steps:
+                    save_checkpoint(model, tokenizer, output, step)
+        except KeyboardInterrupt:
+            save_checkpoint(model, tokenizer, output, step)
+            raise
+    save_checkpoint(model, tokenizer, output, step)
+
+
+def _warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
+    """The factor of the learning rate at each step: linear from 0 to 1, then cosine to 0.1."""
+    warmup = max(1, round(steps * warmup_fraction))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps - warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def _log(file: TextIO, **values: float) -> None:
+    file.write(json.dumps(values) + "\n")
+    file.flush()
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, step: int) -> Path:
+    """Write a Hugging Face folder and point `latest` at it; until it is whole, `latest` stays at the one before."""
+    folder = output / f"step-{step:08d}"
+    partial = output / f".step-{step:08d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    link = output / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(output / "latest")
+    for old in output.glob("step-*"):
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def generate_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A continuation of `prompt`, sampled."""
+    model.eval()
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=48, do_sample=True, temperature=0.8, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def plot_loss(log: Path, picture: Path, score: TextScore) -> None:
+    """The loss of each step, smoothed, with the held-out loss and the unigram entropy as lines."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    smooth, average = [], losses[0]
+    for loss in losses:
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
+        smooth.append(average)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth, color="tab:blue", label="training loss")
+    axes.axhline(score.unigram_entropy, color="tab:gray", linestyle=":", label="unigram entropy of the held-out text")
+    axes.axhline(score.loss, color="tab:orange", linestyle="--", label="held-out loss")
+    axes.set(xlabel="step", ylabel="nats a token")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)

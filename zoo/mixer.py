@@ -114,6 +114,8 @@ class Mixer(nn.Module):
     """Which cache layer and which mask it takes: an entry of `config.layer_types`."""
     ops: ClassVar[tuple[str, ...]] = ()
     """Names of the ops of `zoo.ops` it runs on."""
+    parameter_options: ClassVar[dict[str, dict[str, float]]] = {}
+    """By name of a parameter, what the optimiser shall do with it other than usual: `weight_decay`, `lr_scale`."""
 
     def __init__(self, config: ZooConfig, layer_idx: int):
         super().__init__()

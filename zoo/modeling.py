@@ -88,16 +88,24 @@ class ZooPreTrainedModel(PreTrainedModel):
         if isinstance(module, (Block, Mixer)):
             module.reset_parameters()
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The trained parameters in groups for an optimiser: matrices and embeddings decay, vectors and scalars do not.
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The trained parameters in groups for an optimiser.
 
-        A plugin whose paper asks for more (other rates, matrices that must not decay) overrides this.
+        Matrices and embeddings decay, vectors and scalars do not; a mixer's `parameter_options` override that.
         """
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        special = {
+            f"{path}.{name}": options
+            for path, module in self.named_modules()
+            if isinstance(module, Mixer)
+            for name, options in module.parameter_options.items()
+        }
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                options = special.get(name, {})
+                decay = options.get("weight_decay", weight_decay if parameter.dim() >= 2 else 0.0)
+                groups.setdefault((learning_rate * options.get("lr_scale", 1.0), decay), []).append(parameter)
+        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
 class ZooModel(ZooPreTrainedModel):
@@ -279,6 +287,15 @@ class ZooForCausalLM(ZooPreTrainedModel):
     def auxiliary_loss(self, outputs: BaseModelOutputWithPast) -> Tensor | None:
         """A scalar that training adds to the loss, from what the layers left in `outputs`; None: nothing."""
         return None
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs) -> None:
+        """As transformers does, and under one name: it calls the cache of any class with "mamba" in its name otherwise."""
+        theirs = "cache_params" if "mamba" in type(self).__name__.lower() else "past_key_values"
+        if "past_key_values" in model_kwargs:
+            model_kwargs[theirs] = model_kwargs.pop("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if theirs in model_kwargs:
+            model_kwargs["past_key_values"] = model_kwargs.pop(theirs)
 
     @can_return_tuple
     def forward(

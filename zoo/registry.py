@@ -15,7 +15,9 @@ from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -101,6 +103,8 @@ def register(name: str, plugin: Plugin) -> None:
             if taken := getattr(registered, kind).keys() & getattr(plugin, kind).keys():
                 raise ValueError(f"plugin {name!r} brings {kind} that {other!r} has already: {', '.join(sorted(taken))}")
     config = plugin.config_class
+    if config.model_type in CONFIG_MAPPING:
+        raise ValueError(f"plugin {name!r} brings the model type {config.model_type!r}, which is registered already")
     AutoConfig.register(config.model_type, config)
     for model in plugin.models:
         _AUTO_CLASSES[_suffix(model)].register(config, model)
@@ -158,14 +162,18 @@ def create_config(name: str, **overrides) -> PreTrainedConfig:
     """The configuration of a preset, with some fields changed.
 
     Raises:
-        ValueError: on an unknown preset or field; the nearest known ones are suggested.
+        ValueError: on an unknown preset or field, where the nearest known ones are suggested; on a value of the wrong
+            type; on sizes that do not go together.
     """
     plugin = find_preset(name)
     known = _field_names(plugin.config_class)
     for key in overrides:
         if key not in known:
             raise unknown_name(f"field of {plugin.config_class.__name__}", key, known)
-    return plugin.config_class(**{**plugin.presets[name], **overrides})
+    try:
+        return plugin.config_class(**{**plugin.presets[name], **overrides})
+    except StrictDataclassError as error:  # wraps what a validator said in two lines of its own
+        raise ValueError(f"{name}: {error.__cause__ or error}") from error
 
 
 def create_model(name: str, **overrides) -> PreTrainedModel:

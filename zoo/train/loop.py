@@ -84,9 +84,10 @@ def _optimise(
     length, batch_size, settings = config.data.sequence_length, config.data.batch_size, config.train
     steps = max(1, round(settings.tokens / (length * batch_size)))
     optimiser = torch.optim.AdamW(
-        model.parameter_groups(settings.weight_decay), lr=settings.learning_rate, betas=tuple(settings.betas), fused=True
+        model.parameter_groups(settings.learning_rate, settings.weight_decay), betas=tuple(settings.betas), fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warmup_cosine(steps, settings.warmup_fraction))
+    factor = _warmup_cosine(steps, settings.warmup_fraction)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     smooth, step = None, 0
     model.train()
     with (
@@ -104,7 +105,7 @@ def _optimise(
                         f"loss {loss.item()} and gradient norm {norm.item()} at step {step}; the last checkpoint is "
                         f"{os.path.realpath(output / 'latest')}"
                     )
-                rate = schedule.get_last_lr()[0]
+                rate = settings.learning_rate * factor(step - 1)
                 optimiser.step()
                 schedule.step()
                 optimiser.zero_grad()

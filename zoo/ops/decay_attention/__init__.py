@@ -32,7 +32,7 @@ def decay_attention(
         v: values, (b t h e).
         log_decay: natural log of the decay, at most 0, broadcastable to (b t h).
         state: S before the first token, (b h d e), in float32 (float64 for float64 inputs).
-        mask: (b t), False at padding: there the decay is 1 and nothing is written. None: no padding.
+        mask: (b t), False at padding: there the decay is 1, nothing is written and the output is 0. None: no padding.
         segments: (b t) ids of the documents packed in a row; a token reads only what its own document wrote. The first
             document of a row continues `state`. None: one document a row.
 
@@ -55,7 +55,7 @@ def decay_attention(
     if mask is not None:
         padding = ~mask[..., None]
         log_decay = log_decay.masked_fill(padding, 0.0)
-        k, v = k.masked_fill(padding[..., None], 0.0), v.masked_fill(padding[..., None], 0.0)
+        q, k, v = (x.masked_fill(padding[..., None], 0.0) for x in (q, k, v))
     run = BACKENDS[choose("decay_attention", BACKENDS, q.device).backend]
     y, state = run(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, segments)
     return y.to(v.dtype), state

@@ -1,0 +1,156 @@
+"""Finding plugins, names and presets; what importing the zoo costs and leaves alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import zoo
+from zoo import registry
+
+
+def test_names_are_in_natural_order(monkeypatch):
+    plugin = zoo.Plugin(models=(), presets=dict.fromkeys(("x-10b", "x-2b", "x-1b3", "x-tiny"), {}))
+    monkeypatch.setattr(registry, "_plugins", {"x": plugin})
+    assert zoo.list_models() == ["x-1b3", "x-2b", "x-10b", "x-tiny"]
+    assert zoo.list_models("x-?b*") == ["x-1b3", "x-2b"]
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(ValueError, match="'retnet-tinny'; did you mean retnet-tiny"):
+        zoo.create_model("retnet-tinny")
+    with pytest.raises(ValueError, match="'hiden_size'; did you mean hidden_size"):
+        zoo.create_config("retnet-tiny", hiden_size=3)
+    with pytest.raises(ValueError, match="'atention'; did you mean"):
+        zoo.create_config("transformer-tiny", mixers=["atention"])
+    with pytest.raises(ValueError, match="there are: retnet-tiny"):
+        zoo.create_model("qqqq")
+
+
+def test_configurations_are_checked():
+    with pytest.raises(ValueError, match="mixers names 5 layers, num_hidden_layers is 4"):
+        zoo.create_config("transformer-tiny", mixers=["attention"] * 5)
+    with pytest.raises(ValueError, match="num_heads 3"):
+        zoo.create_config("retnet-tiny", num_heads=3)
+    with pytest.raises(ValueError, match="retnet-tiny.*num_heads.*int"):
+        zoo.create_config("retnet-tiny", num_heads="many")
+    with pytest.raises(ValueError, match=r"num_attention_heads \(4\).*\(3\)"):
+        zoo.create_config("transformer-tiny", num_key_value_heads=3)
+
+
+def test_a_pattern_of_mixers_repeats_and_survives_a_file(tmp_path):
+    config = zoo.create_config("transformer-tiny", mixers=["sliding_attention", "attention"], num_hidden_layers=5)
+    assert config.mixers == ["sliding_attention", "attention"] * 2 + ["sliding_attention"]
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).mixers == config.mixers
+
+
+def test_auto_classes_know_every_architecture():
+    for name in zoo.list_models("*-tiny"):
+        config = zoo.create_config(name)
+        with torch.device("meta"):
+            assert type(AutoModelForCausalLM.from_config(config)) is type(zoo.create_model(name))
+            assert isinstance(AutoModel.from_config(config), zoo.ZooModel)
+
+
+def test_a_clash_is_refused():
+    plugin = registry.find_preset("retnet-tiny")
+    with pytest.raises(ValueError, match="presets that 'retnet' has already: retnet-tiny"):
+        registry.register("other", plugin)
+    with pytest.raises(ValueError, match="model type 'zoo_retnet', which is registered already"):
+        registry.register("other", zoo.Plugin(models=plugin.models, presets={}))
+
+
+def test_kernel_report():
+    model = zoo.create_model("transformer-sliding-tiny")
+    rows = zoo.kernel_report(model)
+    assert [row.layer for row in rows] == [f"model.layers.{i}.mixer" for i in range(4)]
+    assert {(row.op, row.backend) for row in rows} == {("attention", "sdpa")}
+    rows = zoo.kernel_report(zoo.create_model("retnet-tiny"))
+    assert {(row.op, row.backend) for row in rows} == {("decay_attention", "chunked")}
+    assert all("cpu" in row.why for row in rows)
+
+
+def test_summary_counts_exactly():
+    for name in zoo.list_models("*-tiny"):
+        model, summary = zoo.create_model(name), zoo.summarize(name)
+        assert summary.parameters == sum(p.numel() for p in model.parameters())
+        tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        assert summary.embedding_parameters == sum(weight.numel() for weight in tables)
+
+
+_IMPORT = """
+import json, sys, time
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import cache_utils, masking_utils
+from transformers.models.auto import configuration_auto
+tables = lambda: [dict(t) for t in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING,
+                  masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, configuration_auto.CONFIG_MAPPING_NAMES)]
+before = tables()
+start = time.process_time()
+import zoo
+seconds = time.process_time() - start
+unchanged = all(after[key] is value for b, after in zip(before, tables()) for key, value in b.items())
+heavy = [m for m in ("triton", "lm_eval", "datasets", "omegaconf", "matplotlib") if m in sys.modules]
+print(json.dumps([seconds, heavy, unchanged]))
+"""
+
+
+def test_importing_is_light_and_overrides_nothing():
+    results = [
+        json.loads(subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, check=True, text=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(seconds for seconds, _, _ in results) <= 0.5
+    assert all(heavy == [] and unchanged for _, heavy, unchanged in results)
+
+
+# -- a plugin of another distribution ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def with_external_plugin(tmp_path_factory):
+    """Runs Python with the distribution of `tests/external_plugin` installed, in a folder of its own."""
+    target = tmp_path_factory.mktemp("site")
+    source = Path(__file__).parent / "external_plugin"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--target", target, source], check=True, capture_output=True)
+
+    def run(*arguments):
+        import os
+
+        path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
+        return subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+
+    return run
+
+
+def test_an_external_plugin_keeps_the_whole_contract(with_external_plugin):
+    contract = str(Path(__file__).parent / "test_contract.py")
+    done = with_external_plugin("-m", "pytest", contract, "-q", "-k", "echo", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_a_plugin_that_fails_to_import_is_reported_and_stays_out_of_the_way(with_external_plugin):
+    code = "import zoo; print(zoo.list_models('*-tiny')); zoo.create_model('broken-7b')"
+    done = with_external_plugin("-c", code)
+    assert "echo-tiny" in done.stdout
+    assert "retnet-tiny" in done.stdout
+    assert "zoo plugin 'broken' (zoo_echo.broken) is left out" in done.stderr
+    assert done.stderr.rstrip().endswith("ImportError: this plugin needs a library that is not there")
+
+
+def test_an_external_plugin_has_a_parameter_group(with_external_plugin):
+    code = (
+        "import zoo; m = zoo.create_model('echo-tiny');"
+        "print(sorted({(g['lr'], g['weight_decay']) for g in m.parameter_groups(1.0, 0.1)}))"
+    )
+    assert with_external_plugin("-c", code).stdout.strip() == "[(1.0, 0.0), (1.0, 0.1), (2.0, 0.0)]"

@@ -1,7 +1,7 @@
-"""What every model of the zoo promises, for every `*-tiny` preset the registry lists: a new plugin is tested by existing.
+"""What every model promises, for every `*-tiny` preset the registry lists: a new plugin is tested by existing.
 
 Unless a test says otherwise, two ways of computing the same thing are compared by the norm of their difference relative
-to the norm of what is expected, to `TOLERANCE`: float32 shows that it is usable, float64 that it is the same mathematics.
+to the norm of what is expected, to `TOLERANCE`: float32 shows that it is usable, float64 that it is the same function.
 (The norm, not the largest entry: a normalised output that is almost zero, as retention's at a first token whose query
 and key are orthogonal, is a matter of rounding in float32 however it is computed. One wrong token is far above either.)
 """
@@ -123,7 +123,7 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
         assert error <= TOLERANCE[gradient.dtype], f"gradient of {name}: relative error {error:.1e}"
 
 
-# -- one sequence, read in any pieces ------------------------------------------------------------------------------------
+# -- one sequence, read in any pieces ----------------------------------------------------------------------------------
 
 
 @promise
@@ -175,13 +175,16 @@ def test_causality(name):
         assert (after[:, t] != before[:, t]).any()
 
 
-# -- padding -------------------------------------------------------------------------------------------------------------
+# -- padding -----------------------------------------------------------------------------------------------------------
 
 
 def padded_rows(kind: str, lengths: list[int], width: int, seed: int = 0) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Rows of real tokens in a padded batch: tokens (b t), mask (b t), and the rows alone."""
     generator = torch.Generator().manual_seed(seed)
-    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    tokens, mask = (
+        torch.zeros(len(lengths), width, dtype=torch.long),
+        torch.zeros(len(lengths), width, dtype=torch.long),
+    )
     rows = []
     for row, length in enumerate(lengths):
         place = {
@@ -239,10 +242,7 @@ def test_padding_token_by_token(name):
     tokens, mask, rows = padded_rows("interior", [12, 20], 20)
     cache = DynamicCache(config=model.config)
     logits = torch.cat(
-        [
-            model(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits
-            for t in range(20)
-        ],
+        [model(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits for t in range(20)],
         dim=1,
     )
     for row, real in enumerate(rows):
@@ -255,7 +255,7 @@ def test_a_mask_that_does_not_fit_is_refused():
         model(ids(2, 6), attention_mask=torch.tensor([[0, 1, 1, 1, 1]] * 2))
 
 
-# -- packed documents ----------------------------------------------------------------------------------------------------
+# -- packed documents --------------------------------------------------------------------------------------------------
 
 
 DOCUMENTS = [3, 1, 40, 21, 5]
@@ -312,7 +312,7 @@ def test_packed_rows_are_not_cached(name):
         model(row, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
 
 
-# -- gradients through a carried state -----------------------------------------------------------------------------------
+# -- gradients through a carried state ---------------------------------------------------------------------------------
 
 
 @promise
@@ -334,7 +334,7 @@ def test_gradient_checkpointing(name):
     model(tokens, labels=tokens).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model(tokens, labels=tokens).loss.backward()
     assert_same_gradients(gradients(model), expected)
     with pytest.raises(ValueError, match="gradient checkpointing"):
@@ -356,7 +356,7 @@ def test_parameter_groups_hold_every_parameter_once(name):
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
 
 
-# -- loss ----------------------------------------------------------------------------------------------------------------
+# -- loss --------------------------------------------------------------------------------------------------------------
 
 
 @promise
@@ -388,7 +388,7 @@ def test_recorded_outputs(name):
     assert len(out.attentions or ()) == attention_layers
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def _distinct(model) -> dict[str, Tensor]:
@@ -400,7 +400,9 @@ def _distinct(model) -> dict[str, Tensor]:
 
 
 @promise
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}], ids=["default", "bf16", "map"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}], ids=["default", "bf16", "map"]
+)
 def test_save_and_load(name, options, tmp_path):
     model = zoo.create_model(name, vocab_size=VOCABULARY)
     saved = _distinct(model)
@@ -497,7 +499,7 @@ def test_state_bytes(name):
             zoo.state_bytes(model.config)
 
 
-# -- generation ----------------------------------------------------------------------------------------------------------
+# -- generation --------------------------------------------------------------------------------------------------------
 
 
 def without_cache(model, prompt: Tensor, **kwargs) -> Tensor:
@@ -596,7 +598,7 @@ def test_compiled_decoding(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-# -- the cache's own operations ------------------------------------------------------------------------------------------
+# -- the cache's own operations ----------------------------------------------------------------------------------------
 
 
 @promise
@@ -647,7 +649,7 @@ def test_batch_operations(name):
     check(lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2])
 
 
-# -- low precision -------------------------------------------------------------------------------------------------------
+# -- low precision -----------------------------------------------------------------------------------------------------
 
 
 @promise
@@ -671,7 +673,7 @@ def test_bfloat16_with_extreme_gates(name):
                 assert state.dtype == (dtype or torch.bfloat16)
 
 
-# -- the rest of Hugging Face --------------------------------------------------------------------------------------------
+# -- the rest of Hugging Face ------------------------------------------------------------------------------------------
 
 
 @promise

@@ -14,7 +14,7 @@ from zoo import registry
 
 
 def test_names_are_in_natural_order(monkeypatch):
-    plugin = zoo.Plugin(models=(), presets=dict.fromkeys(("x-10b", "x-2b", "x-1b3", "x-tiny"), {}))
+    plugin = zoo.Plugin(models=(), presets={name: {} for name in ("x-10b", "x-2b", "x-1b3", "x-tiny")})
     monkeypatch.setattr(registry, "_plugins", {"x": plugin})
     assert zoo.list_models() == ["x-1b3", "x-2b", "x-10b", "x-tiny"]
     assert zoo.list_models("x-?b*") == ["x-1b3", "x-2b"]
@@ -36,7 +36,7 @@ def test_configurations_are_checked():
         zoo.create_config("transformer-tiny", mixers=["attention"] * 5)
     with pytest.raises(ValueError, match="num_heads 3"):
         zoo.create_config("retnet-tiny", num_heads=3)
-    with pytest.raises(ValueError, match="retnet-tiny.*num_heads.*int"):
+    with pytest.raises(ValueError, match=r"retnet-tiny.*num_heads"):
         zoo.create_config("retnet-tiny", num_heads="many")
     with pytest.raises(ValueError, match=r"num_attention_heads \(4\).*\(3\)"):
         zoo.create_config("transformer-tiny", num_key_value_heads=3)
@@ -109,7 +109,7 @@ def test_importing_is_light_and_overrides_nothing():
     assert all(heavy == [] and unchanged for _, heavy, unchanged in results)
 
 
-# -- a plugin of another distribution ------------------------------------------------------------------------------------
+# -- a plugin of another distribution ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -108,9 +108,7 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """From now on remember enough to take back the newest `MAX_ROLLBACK` tokens, until `crop` is called."""
         self.record_past = True
 
-    def record(
-        self, inputs: dict[str, Tensor], replay: Callable[[dict[str, Tensor], State | None], State]
-    ) -> None:
+    def record(self, inputs: dict[str, Tensor], replay: Callable[[dict[str, Tensor], State | None], State]) -> None:
         """Remember a call about to be made, from the present state.
 
         Args:
@@ -233,7 +231,7 @@ def recurrent_mask(inputs_embeds: Tensor, attention_mask: Tensor | None, **unuse
     return mask.contiguous()
 
 
-# transformers has a hook for dynamic caches (`_layer_type`); for static ones and for masks the tables are the interface.
+# transformers has a hook for dynamic caches (`_layer_type`); for static ones and masks the tables are the interface.
 STATIC_LAYER_TYPE_MAPPING[RECURRENT] = RecurrentStateLayer
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[RECURRENT] = recurrent_mask
 
@@ -266,7 +264,7 @@ def save_state(cache: Cache, path: str | os.PathLike) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata={"format": _FORMAT, "lengths": json.dumps(lengths)})
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("list", help="the models there are")
     command.add_argument("pattern", nargs="?", default="*", help="a shell pattern, as 'retnet*'")
+    command.add_argument("--markdown", action="store_true", help="the README's table of architectures")
     command.set_defaults(run=list_presets)
 
     command = commands.add_parser("show", help="parameters, state and paper of a model")
@@ -79,12 +80,15 @@ def _one_line(error: Exception) -> str:
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-# -- commands ------------------------------------------------------------------------------------------------------------
+# -- commands ----------------------------------------------------------------------------------------------------------
 
 
 def list_presets(arguments: argparse.Namespace) -> None:
     import zoo  # noqa: PLC0415 (so that --help does not wait for torch)
 
+    if arguments.markdown:
+        print("\n".join(zoo.inspection.architecture_table()))
+        return
     names = zoo.list_models(arguments.pattern)
     if not names:
         raise unknown_name("model", arguments.pattern, zoo.list_models())
@@ -105,7 +109,9 @@ def show(arguments: argparse.Namespace) -> None:
     print(f"{'parameters':<12}{summary.parameters:,}")
     print(f"{'':<12}{summary.embedding_parameters:,} embedding")
     print(f"{'':<12}{summary.parameters - summary.embedding_parameters:,} other")
-    print(f"{'state':<12}{state:,} bytes a sequence" + (f" of {arguments.length:,} tokens" if grows else ", any length"))
+    print(
+        f"{'state':<12}{state:,} bytes a sequence" + (f" of {arguments.length:,} tokens" if grows else ", any length")
+    )
     print(f"{'paper':<12}{summary.paper}")
 
 
@@ -114,6 +120,9 @@ def train(arguments: argparse.Namespace) -> None:
         from zoo.train import config, loop  # noqa: PLC0415 (an extra, and slow to import)
     except ModuleNotFoundError as error:
         raise ValueError(f"training needs {error.name}: pip install 'sequence-zoo[train]'") from error
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()  # of saving and loading weights; the run has its own
     settings = config.load_config(arguments.recipe, arguments.assignments)
     try:
         loop.run(settings)

@@ -82,3 +82,20 @@ def kernel_report(model: PreTrainedModel) -> list[KernelUse]:
                 backend, why = choose(op, backends, model.device)
             rows.append(KernelUse(name, type(module).__name__, op, backend, why))
     return rows
+
+
+def architecture_table() -> list[str]:
+    """The README's table of architectures, in lines of Markdown: name, paper, models, mixers, state."""
+    rows = ["| architecture | paper | models | mixers it offers | state of a sequence |", "|---|---|---|---|---|"]
+    for name, plugin in registry.plugins().items():
+        models = ", ".join(f"`{preset}`" for preset in registry.list_models() if preset in plugin.presets)
+        mixers = ", ".join(f"`{mixer}`" for mixer in plugin.mixers)
+        states = [_state_in_words(registry.create_config(preset)) for preset in plugin.presets]
+        paper = plugin.paper.removeprefix("arXiv:")
+        link = f"[{paper}](https://arxiv.org/abs/{paper})"
+        rows.append(f"| [{name}](plugins/{name}) | {link} | {models} | {mixers} | {', '.join(dict.fromkeys(states))} |")
+    return rows
+
+
+def _state_in_words(config: PreTrainedConfig) -> str:
+    return "constant" if state_bytes(config, 1) == state_bytes(config, 2) else "grows with the length"

@@ -1,4 +1,4 @@
-"""Where the shelves lie: `plugins`, `recipes` and `evals`, beside the package in a checkout and inside it once installed."""
+"""Where the shelves lie (`plugins`, `recipes`, `evals`): beside the package in a checkout, inside it once installed."""
 
 from pathlib import Path
 

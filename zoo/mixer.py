@@ -169,17 +169,13 @@ class RecurrentMixer(Mixer):
         """
         raise NotImplementedError
 
-    def scan_carried(
-        self, x: Tensor, state: State, tokens: Tokens, carried: Carried
-    ) -> tuple[Tensor, State, Carried]:
+    def scan_carried(self, x: Tensor, state: State, tokens: Tokens, carried: Carried) -> tuple[Tensor, State, Carried]:
         """`scan` for a mixer that reads what earlier layers left, or leaves something; override one of the two."""
         y, state = self.scan(x, state, tokens)
         return y, state, carried
 
     @classmethod
-    def state_shapes(
-        cls, config: ZooConfig, layer_idx: int
-    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    def state_shapes(cls, config: ZooConfig, layer_idx: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """The tensors of the state in their order: by name, the shape without the batch, and the dtype.
 
         A dtype of None is that of the activations; a float32 state becomes float64 where the activations are.
@@ -254,4 +250,3 @@ def _resolve(dtype: torch.dtype | None, activations: torch.dtype) -> torch.dtype
     if dtype is None:
         return activations
     return torch.promote_types(dtype, activations) if dtype.is_floating_point else dtype
-

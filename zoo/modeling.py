@@ -154,7 +154,9 @@ class ZooModel(ZooPreTrainedModel):
         if position_ids is None and (kwargs.get("seq_idx") is not None or kwargs.get("cu_seq_lens_q") is not None):
             raise ValueError("packed rows are told by position_ids: pass them beside seq_idx or cu_seq_lens_q")
         if self.gradient_checkpointing and self.training and (past_key_values is not None or use_cache):
-            raise ValueError("gradient checkpointing runs layers twice, so it cannot advance a cache: use one of the two")
+            raise ValueError(
+                "gradient checkpointing runs layers twice, so it cannot advance a cache: use one of the two"
+            )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = self._read_tokens(x, attention_mask, position_ids, past_key_values, kwargs)
         is_packed = tokens.segments is not None
@@ -206,7 +208,9 @@ class ZooModel(ZooPreTrainedModel):
             starts = _document_starts(positions.expand(b, -1), mask)
             tokens.segments = None if starts is None else starts.cumsum(dim=1)
         tokens.rows = tokens.with_padding_behind()
-        tokens.attention_masks = given if isinstance(given, dict) else self._make_masks(x, attention_mask, tokens, cache)
+        tokens.attention_masks = (
+            given if isinstance(given, dict) else self._make_masks(x, attention_mask, tokens, cache)
+        )
         return tokens
 
     def _has_recurrent_layers(self) -> bool:
@@ -242,8 +246,8 @@ def _checked_mask(mask: Tensor | None, b: int, t: int, past: int | Tensor) -> Te
     if mask.dim() == 2:
         if mask.shape != (b, int(past) + t):
             raise ValueError(
-                f"attention_mask is {tuple(mask.shape)}; the call has {b} rows of {int(past)} cached and {t} new tokens, "
-                f"so it must be {(b, int(past) + t)}"
+                f"attention_mask is {tuple(mask.shape)}; the call has {b} rows of {int(past)} cached and {t} new "
+                f"tokens, so it must be {(b, int(past) + t)}"
             )
         return None if mask.all() else mask
     return mask
@@ -289,7 +293,7 @@ class ZooForCausalLM(ZooPreTrainedModel):
         return None
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs) -> None:
-        """As transformers does, and under one name: it calls the cache of any class with "mamba" in its name otherwise."""
+        """As transformers does, but always under one name: it has another for classes with "mamba" in theirs."""
         theirs = "cache_params" if "mamba" in type(self).__name__.lower() else "past_key_values"
         if "past_key_values" in model_kwargs:
             model_kwargs[theirs] = model_kwargs.pop("past_key_values")

@@ -34,7 +34,7 @@ class GatedMLP(nn.Module):
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading r features of x (b t h d), feature i with i + r/2, by angles of cosines and sines (b|1 t r)."""
+    """Rotate the leading r features of x (b t h d), i together with i + r/2; cosines and sines are (b|1 t r)."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
@@ -63,7 +63,7 @@ class SoftmaxAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options) -> tuple[Tensor, Tensor | None]:
-        """q (b h t d), k and v (b g s d) with g key-value heads -> (b t h*d), weights (b h t s) where eager gives them."""
+        """q (b h t d), k and v (b g s d) with g key-value heads -> (b t h*d), and from eager the weights (b h t s)."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         y, weights = attend(self, q, k, v, mask, dropout=dropout, scaling=q.shape[-1] ** -0.5, **options)
@@ -182,8 +182,8 @@ class SlidingWindowAttention(_GroupedQueries, RecurrentMixer):
         implementation = self.config._attn_implementation
         if "flash" in implementation:
             raise ValueError(
-                f"sliding-window layers need a mask for every query, which {implementation} cannot take; load the model "
-                "with attn_implementation='sdpa' or 'flex_attention'"
+                f"sliding-window layers need a mask for every query, which {implementation} cannot take; load the "
+                "model with attn_implementation='sdpa' or 'flex_attention'"
             )
         if implementation == "sdpa":
             return visible

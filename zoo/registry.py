@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -101,7 +102,9 @@ def register(name: str, plugin: Plugin) -> None:
     for kind in ("presets", "mixers"):
         for other, registered in _plugins.items():
             if taken := getattr(registered, kind).keys() & getattr(plugin, kind).keys():
-                raise ValueError(f"plugin {name!r} brings {kind} that {other!r} has already: {', '.join(sorted(taken))}")
+                raise ValueError(
+                    f"plugin {name!r} brings {kind} that {other!r} has already: {', '.join(sorted(taken))}"
+                )
     config = plugin.config_class
     if config.model_type in CONFIG_MAPPING:
         raise ValueError(f"plugin {name!r} brings the model type {config.model_type!r}, which is registered already")
@@ -119,6 +122,11 @@ def _suffix(model: type) -> str:
 
 
 # -- looking things up -------------------------------------------------------------------------------------------------
+
+
+def plugins() -> Mapping[str, Plugin]:
+    """Every registered plugin, by name."""
+    return MappingProxyType(_plugins)
 
 
 def find_mixer(name: str) -> type:

@@ -1,12 +1,13 @@
 """RetNet: Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", arXiv:2307.08621."""
 
 from zoo.plugins.retnet.modeling import (
+    Retention,
     RetNetForCausalLM,
     RetNetForSequenceClassification,
     RetNetForTokenClassification,
     RetNetModel,
-    Retention,
 )
+
 from zoo.registry import Plugin
 
 PLUGIN = Plugin(

@@ -54,8 +54,8 @@ class RetNetConfig(ZooConfig):
     def validate_architecture(self):
         if self.hidden_size % (2 * self.num_heads) or self.value_size % self.num_heads:
             raise ValueError(
-                f"a head needs an even key width and a whole value width: hidden_size {self.hidden_size} and value_size "
-                f"{self.value_size} over num_heads {self.num_heads}"
+                f"a head needs an even key width and a whole value width: hidden_size {self.hidden_size} and "
+                f"value_size {self.value_size} over num_heads {self.num_heads}"
             )
 
 

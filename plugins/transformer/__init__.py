@@ -1,12 +1,13 @@
 """Transformer baseline after Llama: Touvron et al., 2023, arXiv:2302.13971."""
 
-from zoo.nn import Attention, SlidingWindowAttention
 from zoo.plugins.transformer.modeling import (
     TransformerForCausalLM,
     TransformerForSequenceClassification,
     TransformerForTokenClassification,
     TransformerModel,
 )
+
+from zoo.nn import Attention, SlidingWindowAttention
 from zoo.registry import Plugin
 
 _TINY = {

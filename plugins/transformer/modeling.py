@@ -1,4 +1,4 @@
-"""The Transformer baseline: RMS norm, grouped-query attention, rotary embedding, SwiGLU, as in Llama (arXiv:2302.13971)."""
+"""The Transformer baseline, as Llama: RMS norm, grouped queries, rotary embedding, SwiGLU (arXiv:2302.13971)."""
 
 from huggingface_hub.dataclasses import strict
 
@@ -12,7 +12,7 @@ class TransformerConfig(ZooConfig):
 
     Args:
         num_attention_heads: number of query heads.
-        num_key_value_heads: number of key and value heads, each serving a group of query heads. Default: one a query head.
+        num_key_value_heads: number of key and value heads, each for a group of query heads. Default: one a query head.
         head_dim: width of a head. Default: hidden_size / num_attention_heads.
         attention_bias: whether the four projections of attention have biases.
         attention_dropout: rate of dropout on the attention weights in training.

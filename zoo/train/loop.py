@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
 from typing import TextIO
 
 import matplotlib
@@ -15,23 +16,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.evaluate import TextScore, score_text
-from zoo.registry import create_model
+from zoo.registry import create_config, create_model
 from zoo.train.config import TrainConfig, to_yaml
 from zoo.train.data import batches, encode, read_corpus, train_tokenizer
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
+from matplotlib import pyplot as plt
 
 _SMOOTHING = 0.95  # of the loss in the progress bar and of the line in the plot
 
 
-def run(config: TrainConfig, say: Callable[[str], None] = print) -> TextScore:
+def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, TextScore]:
     """Train a tokenizer and a model as the recipe says, and leave log, plot, checkpoints and figures in its output.
 
     Ctrl-C saves a checkpoint of the step it comes in before it takes effect.
 
     Returns:
-        The score of the held-out text.
+        The scores of the held-out texts, by name.
 
     Raises:
         ValueError: if the output holds a run already, or the recipe does not fit the data.
@@ -40,6 +41,7 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> TextScore:
     output = Path(config.train.output)
     if (output / "log.jsonl").exists():
         raise ValueError(f"{output} holds a run already: remove it, or choose another train.output")
+    create_config(config.model.preset, **config.model.overrides)  # an error in it shall not wait for the data
     torch.manual_seed(config.train.seed)
     corpus = read_corpus(config.data.corpus)
     started = time.perf_counter()
@@ -62,16 +64,24 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> TextScore:
     (output / "config.yaml").write_text(to_yaml(config))
     _optimise(config, model, tokenizer, tokens, output)
 
-    score = score_text(model, tokenizer, corpus.held_out, window=config.data.sequence_length)
-    figures = {**score._asdict(), "corpus_sha256": corpus.sha256, "parameters": model.num_parameters()}
+    scores = {
+        name: score_text(model, tokenizer, text, window=config.data.sequence_length)
+        for name, text in corpus.held_out.items()
+    }
+    figures = {
+        "held_out": {name: score._asdict() for name, score in scores.items()},
+        "corpus_sha256": corpus.sha256,
+        "parameters": model.num_parameters(),
+    }
     (output / "held_out.json").write_text(json.dumps(figures, indent=2) + "\n")
-    plot_loss(output / "log.jsonl", output / "loss.png", score)
-    say(f"held-out text, never trained on, {score.tokens:,} tokens:")
-    say(f"  loss             {score.loss:.3f} nats a token   {score.bits_per_byte:.3f} bits per byte")
-    say(f"  unigram entropy  {score.unigram_entropy:.3f} nats a token   {score.unigram_bits_per_byte:.3f} bits per byte")
-    say(f"sample: {generate_sample(model, tokenizer, config.train.sample_prompt)!r}")
+    plot_loss(output / "log.jsonl", output / "loss.png", scores)
+    say(f"{'held-out text, never trained on':<42}nats a token   bits per byte")
+    for name, score in scores.items():
+        say(f"  {name + ' loss':<40}{score.loss:12.3f}{score.bits_per_byte:16.3f}")
+        say(f"  {'its unigram entropy':<40}{score.unigram_entropy:12.3f}{score.unigram_bits_per_byte:16.3f}")
+    say(f"sample\n{indent(generate_sample(model, tokenizer, config.train.sample_prompt), '  | ')}")
     say(f"checkpoint {output / 'latest'}, loss curve {output / 'loss.png'}")
-    return score
+    return scores
 
 
 def _optimise(
@@ -95,7 +105,9 @@ def _optimise(
         tqdm(total=steps * length * batch_size, unit="tok", unit_scale=True, desc=config.model.preset) as bar,
     ):
         try:
-            for step, batch in zip(range(1, steps + 1), batches(tokens, length, batch_size, settings.seed), strict=False):
+            for step, batch in zip(
+                range(1, steps + 1), batches(tokens, length, batch_size, settings.seed), strict=False
+            ):
                 started = time.perf_counter()
                 loss = model(batch, labels=batch).loss
                 loss.backward()
@@ -166,12 +178,14 @@ def generate_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """A continuation of `prompt`, sampled."""
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=48, do_sample=True, temperature=0.8, pad_token_id=tokenizer.pad_token_id)
+    ids = model.generate(
+        **inputs, max_new_tokens=48, do_sample=True, temperature=0.8, pad_token_id=tokenizer.pad_token_id
+    )
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-def plot_loss(log: Path, picture: Path, score: TextScore) -> None:
-    """The loss of each step, smoothed, with the held-out loss and the unigram entropy as lines."""
+def plot_loss(log: Path, picture: Path, scores: dict[str, TextScore]) -> None:
+    """The loss of each step, smoothed, with the held-out losses and the unigram entropies as lines."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     smooth, average = [], losses[0]
@@ -181,8 +195,9 @@ def plot_loss(log: Path, picture: Path, score: TextScore) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth, color="tab:blue", label="training loss")
-    axes.axhline(score.unigram_entropy, color="tab:gray", linestyle=":", label="unigram entropy of the held-out text")
-    axes.axhline(score.loss, color="tab:orange", linestyle="--", label="held-out loss")
+    for (name, score), color in zip(scores.items(), ("tab:orange", "tab:green", "tab:red", "tab:purple"), strict=False):
+        axes.axhline(score.loss, color=color, linestyle="--", linewidth=1, label=f"held-out {name}")
+        axes.axhline(score.unigram_entropy, color=color, linestyle=":", linewidth=1, label=f"unigram entropy of {name}")
     axes.set(xlabel="step", ylabel="nats a token")
     axes.legend(frameon=False)
     figure.tight_layout()

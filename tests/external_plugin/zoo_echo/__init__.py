@@ -1,8 +1,8 @@
 """An architecture outside of the tree that asks for all the room the spine has.
 
 Two leaky memories run side by side in each layer. Their initial state is learned. The first layer leaves its values for
-the layers above. The logits are soft-capped, training adds an auxiliary loss, the optimiser gets a group of its own, and
-the class has a name that transformers treats specially.
+the layers above. The logits are soft-capped, training adds an auxiliary loss, the optimiser gets a group of its own,
+and the class has a name that transformers treats specially.
 """
 
 import torch

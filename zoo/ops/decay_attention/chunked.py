@@ -1,4 +1,4 @@
-"""Decayed linear attention in chunks: matrix products inside a chunk, one state update a chunk (arXiv:2307.08621, eq. 7).
+"""Decayed linear attention in chunks: products inside a chunk, one state update a chunk (arXiv:2307.08621, eq. 7).
 
 Letters: b batch, h head, n chunk, c position in the chunk, d key, e value. With L_c the sum of the log-decays of the
 chunk up to and with position c, every exponent below is a difference that is at most 0, so nothing overflows.

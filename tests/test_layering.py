@@ -1,0 +1,94 @@
+"""Who may import whom: the rooms of the house, read from the import statements."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from zoo.layout import shelf
+
+PACKAGE = Path(__file__).parents[1] / "zoo"
+
+# A module may import the zoo's modules named here (a name stands for everything below it). `errors` and `layout` know
+# nothing of the zoo, so everyone may use them.
+BASE = {"zoo.errors", "zoo.layout"}
+CONTRACT = BASE | {"zoo.cache", "zoo.config", "zoo.mixer", "zoo.ops"}
+SPINE = CONTRACT | {"zoo.nn", "zoo.modeling", "zoo.registry"}
+PUBLIC = SPINE | {"zoo", "zoo.inspection", "zoo.evaluate"}
+ALLOWED = {
+    "zoo.errors": set(),
+    "zoo.layout": set(),
+    "zoo.cache": BASE,
+    "zoo.registry": BASE | {"zoo.plugins"},
+    "zoo.config": BASE | {"zoo.registry"},
+    "zoo.mixer": BASE | {"zoo.cache", "zoo.config"},
+    "zoo.ops": BASE | {"zoo.ops"},
+    "zoo.nn": CONTRACT,
+    "zoo.modeling": SPINE,
+    "zoo.inspection": SPINE,
+    "zoo.evaluate": PUBLIC,
+    "zoo.train": PUBLIC | {"zoo.train", "zoo.cli"},
+    "zoo.cli": PUBLIC | {"zoo.train"},
+    "zoo.plugins": BASE,
+    "zoo": PUBLIC,
+}
+EXTERNAL_OF_OPS = {"torch", "triton"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports; `from zoo import registry` counts as `zoo.registry` where that is a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            modules = {f"{node.module}.{alias.name}" for alias in node.names if _is_module(node.module, alias.name)}
+            found |= modules or {node.module}
+    return found
+
+
+def _is_module(package: str, name: str) -> bool:
+    if package == "zoo":
+        return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
+    return False
+
+
+def _covered(module: str, allowed: set[str]) -> bool:
+    return any(module == name or (name != "zoo" and module.startswith(f"{name}.")) for name in allowed)
+
+
+def _module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_it_may(path):
+    module = _module_of(path)
+    room = max((name for name in ALLOWED if module == name or module.startswith(f"{name}.")), key=len)
+    used = {name for name in imports(path) if name == "zoo" or name.startswith("zoo.")}
+    assert not {name for name in used if not _covered(name, ALLOWED[room])}, f"{module} may import {ALLOWED[room]}"
+    if room == "zoo.ops":
+        others = {name.split(".")[0] for name in imports(path)} - {"zoo"}
+        assert others - EXTERNAL_OF_OPS <= {"os", "collections", "contextlib", "typing", "math"}
+
+
+@pytest.mark.parametrize("path", sorted(shelf("plugins").rglob("*.py")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_plugin_imports_the_spine_and_itself(path):
+    own = f"zoo.plugins.{path.relative_to(shelf('plugins')).parts[0]}"
+    used = {name for name in imports(path) if name.split(".")[0] in ("zoo", "plugins")}
+    assert not {name for name in used if not _covered(name, PUBLIC | {own})}
+
+
+def test_nothing_imports_a_plugin_by_its_path():
+    for path in PACKAGE.rglob("*.py"):
+        assert not [name for name in imports(path) if name.startswith(("zoo.plugins.", "plugins"))], path
+
+
+def test_a_plugin_is_small():
+    for folder in shelf("plugins").iterdir():
+        if folder.is_dir() and (folder / "__init__.py").exists():
+            lines = sum(len(path.read_text().splitlines()) for path in folder.glob("*.py"))
+            assert lines <= 300, f"{folder.name}: {lines} lines"
+            assert (folder / "README.md").is_file(), f"{folder.name} has no README.md"

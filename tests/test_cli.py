@@ -50,6 +50,7 @@ def test_show(capsys):
         (["train", "tiny/retnet", "train.tokens=-1"], "train.tokens must be positive, got -1"),
         (["train", "tiny/retnet", "model.preset=retnt-tiny"], "did you mean retnet-tiny?"),
         (["train", "tiny/retnet", "model.overrides.num_head=2"], "did you mean num_heads"),
+        (["train", "tiny/retnet", "model.overrides.vocab_size=9"], "set data.vocab_size"),
         (["train", "tiny/retnet", "data.corpus=stdlb"], "did you mean stdlib?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import zoo
-from zoo.cache import RecurrentStateLayer
+from zoo.cache import RECURRENT, RecurrentStateLayer
 from zoo.ops.dispatch import use_backend
 from zoo.registry import find_preset
 
@@ -350,6 +350,56 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @promise
+def test_compiled_training(name):
+    """A training step, packed rows included, is one graph."""
+    torch._dynamo.reset()
+    model, tokens = make(name).train(), ids(2, LENGTH)
+    positions = torch.arange(LENGTH).remainder(30)[None].expand(2, -1)
+    model(tokens, labels=tokens, position_ids=positions).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(tokens, labels=tokens, position_ids=positions).loss.backward()
+    assert_same_gradients(gradients(model), expected)
+
+
+@promise
+def test_autocast(name):
+    """Under bfloat16 autocast the loss stays near and recurrent states stay float32."""
+    model, tokens = make(name), ids(2, LENGTH)
+    expected = model(tokens, labels=tokens).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens, labels=tokens, use_cache=True)
+    out.loss.backward()
+    assert (out.loss - expected).abs() <= 0.02 * expected
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for block, layer in zip(model.model.layers, out.past_key_values.layers, strict=True):
+        if isinstance(layer, RecurrentStateLayer):
+            declared = block.mixer.state_shapes(model.config, block.mixer.layer_idx).values()
+            assert all(s.dtype == d for s, (_, d) in zip(layer.states, declared, strict=True) if d is not None)
+
+
+@promise
+def test_parallel_plans_name_real_modules(name):
+    model = make(name)
+    modules = dict(model.named_modules())
+    for pattern in model.config.base_model_tp_plan or {}:
+        assert any(re.fullmatch(re.escape(f"model.{pattern}").replace(r"\*", r"\d+"), key) for key in modules), pattern
+    assert "lm_head" in modules
+    assert type(model.model.layers[0]).__name__ in model._no_split_modules
+
+
+@promise
+@torch.no_grad()
+def test_tied_weights(name, tmp_path):
+    for tied in (True, False):
+        model = zoo.create_model(name, vocab_size=VOCABULARY, tie_word_embeddings=tied)
+        model.save_pretrained(tmp_path / str(tied))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(tied))
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+
+
+@promise
 def test_parameter_groups_hold_every_parameter_once(name):
     model = make(name)
     grouped = [p for group in model.parameter_groups(learning_rate=1e-3, weight_decay=0.1) for p in group["params"]]
@@ -567,10 +617,11 @@ def test_inputs_embeds(name):
 @promise
 def test_a_conversation_goes_on_from_its_cache(name):
     model, prompt, turn = make(name, torch.float64), ids(2, 30), ids(2, 9, seed=1)
-    first = model.generate(prompt, do_sample=False, max_new_tokens=10, return_dict_in_generate=True)
-    so_far = torch.cat([first.sequences, turn], dim=1)
-    expected = without_cache(model, so_far, do_sample=False)
-    assert torch.equal(with_cache(model, so_far, past_key_values=first.past_key_values, do_sample=False), expected)
+    for more in (turn[:, :0], turn):
+        first = model.generate(prompt, do_sample=False, max_new_tokens=10, return_dict_in_generate=True)
+        so_far = torch.cat([first.sequences, more], dim=1)
+        expected = without_cache(model, so_far, do_sample=False)
+        assert torch.equal(with_cache(model, so_far, past_key_values=first.past_key_values, do_sample=False), expected)
 
 
 @promise
@@ -599,6 +650,21 @@ def test_compiled_decoding(name):
 
 
 # -- the cache's own operations ----------------------------------------------------------------------------------------
+
+
+@promise
+@torch.no_grad()
+def test_a_cache_of_another_kind_is_refused(name):
+    model = make(name)
+    other = zoo.create_config(name, num_hidden_layers=2)
+    caches = [DynamicCache(config=other), StaticCache(config=other, max_cache_len=9)]
+    if RECURRENT in model.config.layer_types:
+        caches.append(DynamicCache())
+    else:
+        assert_close(model(ids(1, 5), past_key_values=DynamicCache()).logits, model(ids(1, 5)).logits)
+    for cache in caches:
+        with pytest.raises(ValueError, match="make it with DynamicCache"):
+            model(ids(1, 5), past_key_values=cache)
 
 
 @promise

@@ -108,6 +108,15 @@ def test_low_precision_inputs_keep_a_float32_state():
     assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_autocast_does_not_reach_the_state():
+    tensors = [x.detach().float() for x in inputs(70)]
+    expected = decay_attention(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = decay_attention(*tensors)
+    assert torch.equal(y, expected[0])
+    assert torch.equal(state, expected[1])
+
+
 def test_shapes_that_do_not_agree_are_refused():
     q, k, v, log_decay, state = inputs(4)
     with pytest.raises(ValueError, match=r"state \(2, 3, 7, 5\)"):

@@ -75,6 +75,20 @@ def test_kernel_report():
     assert all("cpu" in row.why for row in rows)
 
 
+def test_tokens_move_between_devices():
+    """As accelerate moves the inputs of a block whose weights are on another device."""
+    from accelerate.utils import send_to_device
+
+    for mask in (None, torch.tensor([[True, False]])):
+        tokens = zoo.Tokens(torch.tensor([[0, 1]]), mask=mask, rotary=(torch.ones(1, 2, 4), torch.ones(1, 2, 4)))
+        tokens.attention_masks = {"full_attention": torch.ones(1, 1, 2, 2), "other": None}
+        tokens.rows = tokens.with_padding_behind()
+        moved = send_to_device(tokens, "meta")
+        assert (moved.rows is moved) is (mask is None)
+        for part in (moved.positions, moved.rows.rotary[1], moved.attention_masks["full_attention"]):
+            assert part.device.type == "meta"
+
+
 def test_summary_counts_exactly():
     for name in zoo.list_models("*-tiny"):
         model, summary = zoo.create_model(name), zoo.summarize(name)

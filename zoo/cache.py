@@ -29,10 +29,10 @@ from transformers.utils import is_torchdynamo_compiling
 RECURRENT = "zoo_recurrent"
 """The entry of `config.layer_types` for a layer that keeps a recurrent state."""
 
-MAX_ROLLBACK = 64
+MAX_ROLLBACK = 256
 """How many of the newest tokens `crop` can take back once `activate_past_recording` was called."""
 
-_RECORD_COLUMNS = 16  # calls shorter than this share a record: rolling back re-runs a few tokens, memory stays small
+_RECORD_COLUMNS = 64  # shorter calls share a record: rolling back re-runs some tokens, few states are kept
 
 State = tuple[Tensor, ...]
 
@@ -256,7 +256,7 @@ def save_state(cache: Cache, path: str | os.PathLike) -> None:
     tensors, lengths = {}, []
     for index, layer in enumerate(cache.layers):
         for name, tensor in _layer_tensors(layer, index).items():
-            tensors[f"layers.{index}.{name}"] = tensor.detach().contiguous()
+            tensors[f"layers.{index}.{name}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
         lengths.append(int(layer.get_seq_length()))
     if not tensors:
         raise ValueError("the cache is empty: run the model on some tokens first")

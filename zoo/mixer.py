@@ -7,12 +7,13 @@ saved and forked states, and truncated backpropagation, the same way for every a
 Letters: b batch, t tokens of the call, d width.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from zoo.cache import MAX_ROLLBACK, RECURRENT, RecurrentStateLayer, State
 from zoo.config import ZooConfig
@@ -80,6 +81,22 @@ class Tokens:
         part.rows = part.with_padding_behind()
         return part
 
+    def to(self, *args, **kwargs) -> "Tokens":
+        """The same tokens on another device; what moves a model's inputs between devices calls this."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: move(item) for key, item in value.items()}
+            if isinstance(value, tuple):
+                return tuple(map(move, value))
+            return value.to(*args, **kwargs) if hasattr(value, "to") else value
+
+        alone = self.rows is self
+        moved = {item.name: getattr(self, item.name) for item in fields(self) if not (alone and item.name == "rows")}
+        tokens = Tokens(**move(moved))
+        tokens.rows = tokens if alone else tokens.rows
+        return tokens
+
     def as_inputs(self, x: Tensor) -> dict[str, Tensor]:
         """`x` (b t d) and all that a recurrence reads of these tokens, each (b t ...)."""
         b = x.shape[0]
@@ -121,14 +138,14 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
 
-    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, memory: Any | None) -> tuple[Tensor, Carried]:
-        """Mix the tokens of a call with each other and with what `memory` holds.
+    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Carried]:
+        """Mix the tokens of a call with each other and with what the cache holds.
 
         Args:
             x: activations, (b t d).
             carried: values that earlier layers left.
             tokens: positions, padding and documents.
-            memory: this layer's part of the cache, read and written here; None: a whole sequence without a cache.
+            cache: the model's cache, whose layer `layer_idx` is read and written; None: a whole sequence without one.
 
         Returns:
             The mixed activations, (b t d), and what later layers shall find in `carried`.
@@ -189,12 +206,11 @@ class RecurrentMixer(Mixer):
             for shape, dtype in self.state_shapes(self.config, self.layer_idx).values()
         )
 
-    def forward(
-        self, x: Tensor, carried: Carried, tokens: Tokens, memory: RecurrentStateLayer | None
-    ) -> tuple[Tensor, Carried]:
-        if memory is None:
+    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Carried]:
+        if cache is None:
             y, _, carried = self._run(x, carried, tokens, None)
             return y, carried
+        memory = cache.layers[self.layer_idx]
         if memory.record_past:
             return self._run_recorded(x, carried, tokens, memory)
         y, state, carried = self._run(x, carried, tokens, memory.states)

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from zoo import registry
-from zoo.cache import RECURRENT, recurrent_mask
+from zoo.cache import RECURRENT, RecurrentStateLayer, recurrent_mask
 from zoo.config import ZooConfig
 from zoo.mixer import Carried, Mixer, Tokens
 from zoo.nn import GatedMLP, SoftmaxAttention
@@ -44,8 +44,7 @@ class Block(GradientCheckpointingLayer):
         self, x: Tensor, carried: Carried, tokens: Tokens, past_key_values: Cache | None = None
     ) -> tuple[Tensor, Carried]:
         """x (b t d) and the values left below -> x (b t d) and the values left for the layers above."""
-        memory = None if past_key_values is None else past_key_values.layers[self.mixer.layer_idx]
-        y, carried = self.mixer(self.mixer_norm(x), carried, tokens, memory)
+        y, carried = self.mixer(self.mixer_norm(x), carried, tokens, past_key_values)
         x = x + y
         return x + self.channel_mixer(self.channel_norm(x)), carried
 
@@ -115,7 +114,7 @@ class ZooModel(ZooPreTrainedModel):
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(config) if getattr(config, "rope_parameters", None) else None
@@ -157,6 +156,7 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError(
                 "gradient checkpointing runs layers twice, so it cannot advance a cache: use one of the two"
             )
+        self._check_cache(past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = self._read_tokens(x, attention_mask, position_ids, past_key_values, kwargs)
         is_packed = tokens.segments is not None
@@ -175,6 +175,19 @@ class ZooModel(ZooPreTrainedModel):
         for layer in self.layers:
             x, carried = layer(x, carried, tokens=tokens, past_key_values=past_key_values)
         return x
+
+    def _check_cache(self, cache: Cache | None) -> None:
+        """Raise unless the cache has the layers that this model's mixers read and write."""
+        if cache is None:
+            return
+        wanted = [layer_type == RECURRENT for layer_type in self.config.layer_types]
+        found = [isinstance(layer, RecurrentStateLayer) for layer in getattr(cache, "layers", ())]
+        grows_on_demand = not found and not any(wanted) and isinstance(cache, DynamicCache)
+        if found != wanted and not grows_on_demand:
+            raise ValueError(
+                f"this {type(cache).__name__} is not for a {type(self).__name__} of {len(wanted)} layers: make it with "
+                "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
+            )
 
     # -- reading the arguments -----------------------------------------------------------------------------------------
 

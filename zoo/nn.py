@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -119,10 +121,10 @@ class Attention(_GroupedQueries, Mixer):
 
     layer_type = "full_attention"
 
-    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, memory: Any | None) -> tuple[Tensor, Carried]:
+    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Carried]:
         q, k, v = self._project(x, tokens)
-        if memory is not None:
-            k, v = memory.update(k, v)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         y, _ = self.attention(q, k, v, tokens.attention_masks[self.layer_type], **tokens.attention_options)
         return self.o_proj(y), carried
 
@@ -177,7 +179,7 @@ class SlidingWindowAttention(_GroupedQueries, RecurrentMixer):
             visible = visible & (segments[:, :, None] == documents[:, None, :])
         return visible[:, None]
 
-    def _as_mask(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
+    def _as_mask(self, visible: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
         """`visible` in the form the attention implementation takes."""
         implementation = self.config._attn_implementation
         if "flash" in implementation:
@@ -187,4 +189,9 @@ class SlidingWindowAttention(_GroupedQueries, RecurrentMixer):
             )
         if implementation == "sdpa":
             return visible
+        if implementation == "flex_attention":
+            b, _, t, s = visible.shape
+            return create_block_mask(
+                lambda row, head, query, slot: visible[row, 0, query, slot], b, None, t, s, device=visible.device
+            )
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)

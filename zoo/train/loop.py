@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from textwrap import indent
 from typing import TextIO
@@ -42,6 +44,8 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Te
     if (output / "log.jsonl").exists():
         raise ValueError(f"{output} holds a run already: remove it, or choose another train.output")
     create_config(config.model.preset, **config.model.overrides)  # an error in it shall not wait for the data
+    if "vocab_size" in config.model.overrides:
+        raise ValueError("model.overrides.vocab_size: the vocabulary is the tokenizer's, set data.vocab_size")
     torch.manual_seed(config.train.seed)
     corpus = read_corpus(config.data.corpus)
     started = time.perf_counter()
@@ -55,9 +59,9 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Te
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": None,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    model = create_model(config.model.preset, **{**special, **config.model.overrides})
+    model = create_model(config.model.preset, **special, **config.model.overrides)
     say(f"{config.model.preset}: {model.num_parameters():,} parameters")
 
     output.mkdir(parents=True, exist_ok=True)
@@ -98,11 +102,17 @@ def _optimise(
     )
     factor = _warmup_cosine(steps, settings.warmup_fraction)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    smooth, step = None, 0
+    smooth, step = math.nan, 0
     model.train()
     with (
         (output / "log.jsonl").open("w") as log,
-        tqdm(total=steps * length * batch_size, unit="tok", unit_scale=True, desc=config.model.preset) as bar,
+        tqdm(
+            total=steps * length * batch_size,
+            desc=config.model.preset,
+            unit="tok",
+            unit_scale=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+        ) as bar,
     ):
         try:
             for step, batch in zip(
@@ -123,7 +133,7 @@ def _optimise(
                 optimiser.zero_grad()
                 speed = batch.numel() / (time.perf_counter() - started)
                 _log(log, step=step, loss=loss.item(), grad_norm=norm.item(), lr=rate, tokens_per_second=speed)
-                smooth = loss.item() if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * loss.item()
+                smooth = _smooth(smooth, loss.item())
                 bar.set_postfix_str(f"loss {smooth:.3f}", refresh=False)
                 bar.update(batch.numel())
                 if step % settings.save_every == 0 and step < steps:
@@ -145,6 +155,11 @@ def _warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]
         return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
+
+
+def _smooth(average: float, loss: float) -> float:
+    """The running average of the loss after another step; the first loss starts it."""
+    return loss if math.isnan(average) else _SMOOTHING * average + (1 - _SMOOTHING) * loss
 
 
 def _log(file: TextIO, **values: float) -> None:
@@ -188,13 +203,9 @@ def plot_loss(log: Path, picture: Path, scores: dict[str, TextScore]) -> None:
     """The loss of each step, smoothed, with the held-out losses and the unigram entropies as lines."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    smooth, average = [], losses[0]
-    for loss in losses:
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-        smooth.append(average)
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth, color="tab:blue", label="training loss")
+    axes.plot(steps, list(accumulate(losses, _smooth)), color="tab:blue", label="training loss")
     for (name, score), color in zip(scores.items(), ("tab:orange", "tab:green", "tab:red", "tab:purple"), strict=False):
         axes.axhline(score.loss, color=color, linestyle="--", linewidth=1, label=f"held-out {name}")
         axes.axhline(score.unigram_entropy, color=color, linestyle=":", linewidth=1, label=f"unigram entropy of {name}")

@@ -57,7 +57,8 @@ def decay_attention(
         log_decay = log_decay.masked_fill(padding, 0.0)
         q, k, v = (x.masked_fill(padding[..., None], 0.0) for x in (q, k, v))
     run = BACKENDS[choose("decay_attention", BACKENDS, q.device).backend]
-    y, state = run(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, segments)
+    with torch.autocast(q.device.type, enabled=False):  # products of the state stay in the state's precision
+        y, state = run(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, segments)
     return y.to(v.dtype), state
 
 

@@ -1,4 +1,7 @@
-"""The command `zoo`: list, show, train, generate. Errors are one line; `--debug` shows the traceback."""
+"""The command `zoo`: list, show, train, generate. Errors are one line; `--debug` shows the traceback.
+
+Each command imports what it needs itself, so that `--help` and a misspelt command do not wait for torch.
+"""
 
 import argparse
 import sys
@@ -84,7 +87,7 @@ def _one_line(error: Exception) -> str:
 
 
 def list_presets(arguments: argparse.Namespace) -> None:
-    import zoo  # noqa: PLC0415 (so that --help does not wait for torch)
+    import zoo
 
     if arguments.markdown:
         print("\n".join(zoo.inspection.architecture_table()))
@@ -97,7 +100,7 @@ def list_presets(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    import zoo  # noqa: PLC0415
+    import zoo
 
     summary = zoo.summarize(arguments.name)
     config = zoo.create_config(arguments.name)
@@ -117,10 +120,10 @@ def show(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     try:
-        from zoo.train import config, loop  # noqa: PLC0415 (an extra, and slow to import)
+        from zoo.train import config, loop
     except ModuleNotFoundError as error:
         raise ValueError(f"training needs {error.name}: pip install 'sequence-zoo[train]'") from error
-    from transformers.utils import logging  # noqa: PLC0415
+    from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading weights; the run has its own
     settings = config.load_config(arguments.recipe, arguments.assignments)
@@ -134,14 +137,16 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers.utils import logging
 
-    import zoo  # noqa: F401, PLC0415 (registers the architectures)
+    import zoo  # noqa: F401 (registers the architectures)
 
     looks_local = arguments.checkpoint.startswith((".", "/", "~")) or arguments.checkpoint.count("/") != 1
     if looks_local and not Path(arguments.checkpoint, "config.json").is_file():
         raise ValueError(f"{arguments.checkpoint} is no checkpoint: it has no config.json")
+    logging.disable_progress_bar()  # of loading weights
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     torch.manual_seed(arguments.seed)

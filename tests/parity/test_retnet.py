@@ -60,12 +60,13 @@ NAMES = {
 }
 
 
-def renamed(name: str) -> str:
-    return ".".join(NAMES.get(part, part) for part in name.split("."))
+@pytest.fixture(scope="module")
+def renamed(renamer):
+    return renamer(NAMES)
 
 
 @pytest.fixture(scope="module")
-def model(oracle):
+def model(oracle, renamed):
     model = zoo.create_model("retnet-tiny", **SIZES, value_size=VALUE_SIZE, tie_word_embeddings=False).eval()
     model.load_state_dict({renamed(name): parameter for name, parameter in oracle.named_parameters()})
     return model
@@ -100,7 +101,7 @@ def test_recurrent_form(oracle, model, tokens):
         assert relative_error(out.logits, expected) <= TOLERANCE
 
 
-def test_gradients(oracle, model, tokens):
+def test_gradients(oracle, model, tokens, renamed):
     """Of the parallel form, whose normalisers torchscale detaches; the norm behind them makes that no difference."""
     weight = torch.randn(2, 50, SIZES["vocab_size"], generator=torch.Generator().manual_seed(1))
     (oracle(tokens)[0] * weight).sum().backward()
@@ -110,7 +111,7 @@ def test_gradients(oracle, model, tokens):
         assert relative_error(ours[renamed(name)].grad, parameter.grad) <= 5 * TOLERANCE, name
 
 
-def test_initialisation(oracle):
+def test_initialisation(oracle, renamed):
     """Every kind of weight is drawn as torchscale draws it: same bounds or deviation, by moments."""
     from torchscale.architecture.retnet import RetNetDecoder
 

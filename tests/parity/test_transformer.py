@@ -23,12 +23,13 @@ NAMES = {
 }
 
 
-def renamed(name: str) -> str:
-    return ".".join(NAMES.get(part, part) for part in name.split("."))
+@pytest.fixture
+def renamed(renamer):
+    return renamer(NAMES)
 
 
 @pytest.fixture(params=["full", "sliding"])
-def pair(request):
+def pair(request, renamed):
     if request.param == "full":
         oracle = LlamaForCausalLM(LlamaConfig(**SIZES, rms_norm_eps=1e-6, max_position_embeddings=2048))
         changes = {"mixers": ["attention"]}
@@ -44,7 +45,7 @@ def pair(request):
     return model, oracle
 
 
-def test_logits_and_gradients(pair):
+def test_logits_and_gradients(pair, renamed):
     """In float64, to 1e-6: transformers normalises in float32 whatever the weights are, the zoo does not."""
     model, oracle = pair
     tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))

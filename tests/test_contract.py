@@ -29,6 +29,7 @@ from transformers import (
 
 import zoo
 from zoo.cache import RECURRENT, RecurrentStateLayer
+from zoo.nn import SoftmaxAttention
 from zoo.ops.dispatch import use_backend
 from zoo.registry import find_preset
 
@@ -85,6 +86,13 @@ def make(name: str, dtype: torch.dtype = torch.float32, **overrides):
     model = zoo.create_model(name, vocab_size=VOCABULARY, **overrides)
     model.load_state_dict(_trained_look(name))
     return model.to(dtype).eval()
+
+
+def smaller_config(name: str):
+    """The preset with its last layer left out."""
+    config = zoo.create_config(name, vocab_size=VOCABULARY)
+    n = config.num_hidden_layers - 1
+    return zoo.create_config(name, vocab_size=VOCABULARY, num_hidden_layers=n, mixers=config.mixers[:n])
 
 
 def ids(b: int, t: int, seed: int = 0) -> Tensor:
@@ -235,6 +243,20 @@ def test_padding_in_a_continuation(name, dtype, kinds):
 
 
 @promise
+@pytest.mark.parametrize("kind", ["left", "right", "interior"])
+def test_padding_in_a_continuation_gets_no_gradient(name, kind):
+    model = make(name)
+    tokens, mask, _ = padded_rows(kind, [12], 20)
+    cache = model(ids(1, 15), use_cache=True).past_key_values
+    embeds = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    whole = torch.cat([torch.ones(1, 15, dtype=torch.long), mask], dim=1)
+    logits = model(inputs_embeds=embeds, attention_mask=whole, past_key_values=cache).logits
+    logits[mask.bool()].pow(2).sum().backward()
+    assert (embeds.grad[mask == 0] == 0).all()
+    assert (embeds.grad[mask == 1] != 0).any(dim=-1).all()
+
+
+@promise
 @torch.no_grad()
 def test_padding_token_by_token(name):
     """A single token may be padding too, as when one row of a batch has nothing to say."""
@@ -247,6 +269,12 @@ def test_padding_token_by_token(name):
     )
     for row, real in enumerate(rows):
         assert_close(logits[row, mask[row].bool()], model(real).logits[0], f"row {row}")
+
+
+@promise
+def test_nothing_to_read_is_refused(name):
+    with pytest.raises(ValueError, match="length 0"):
+        make(name)(torch.zeros(1, 0, dtype=torch.long))
 
 
 def test_a_mask_that_does_not_fit_is_refused():
@@ -308,6 +336,9 @@ def test_packed_rows_are_not_cached(name):
     for kwargs in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
         with pytest.raises(ValueError, match="use_cache=False"):
             model(row, position_ids=positions, **kwargs)
+    cache = model(row, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="use a new cache"):
+        model(row, position_ids=torch.arange(6)[None], past_key_values=cache)
     with pytest.raises(ValueError, match="position_ids"):
         model(row, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
 
@@ -329,6 +360,20 @@ def test_carried_state_carries_gradients(name, dtype):
 
 
 @promise
+def test_an_overridden_configuration_is_whole(name, tmp_path):
+    """What from_pretrained changes in a configuration is checked like what was there from the start."""
+    make(name).save_pretrained(tmp_path)
+    config = smaller_config(name)
+    changes = {"num_hidden_layers": config.num_hidden_layers, "mixers": config.mixers}
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path, **changes)
+    assert len(smaller.model.layers) == len(smaller.config.layer_types) == config.num_hidden_layers
+    smaller.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="mixers names"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=config.num_hidden_layers - 1)
+
+
+@promise
 def test_gradient_checkpointing(name):
     model, tokens = make(name).train(), ids(2, LENGTH)
     model(tokens, labels=tokens).loss.backward()
@@ -339,6 +384,9 @@ def test_gradient_checkpointing(name):
     assert_same_gradients(gradients(model), expected)
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model(tokens, past_key_values=DynamicCache(config=model.config))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model(tokens)
 
 
 @promise
@@ -431,11 +479,12 @@ def test_logits_to_keep(name):
 @promise
 @torch.no_grad()
 def test_recorded_outputs(name):
-    model = make(name, attn_implementation="eager")
-    out = model(ids(2, 9), output_hidden_states=True, output_attentions=True)
+    """Hidden states of every layer, and from eager attention, which equals SDPA, its weights."""
+    model, tokens = make(name, attn_implementation="eager"), ids(2, LENGTH)
+    out = model(tokens, output_hidden_states=True, output_attentions=True)
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
-    attention_layers = sum("attention" in mixer for mixer in model.config.mixers)
-    assert len(out.attentions or ()) == attention_layers
+    assert len(out.attentions or ()) == sum(isinstance(module, SoftmaxAttention) for module in model.modules())
+    assert_close(make(name, attn_implementation="sdpa")(tokens).logits, out.logits)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -466,9 +515,9 @@ def test_save_and_load(name, options, tmp_path):
 
 @promise
 def test_load_with_a_missing_key(name, tmp_path):
-    model = zoo.create_model(name, vocab_size=VOCABULARY)
+    model = zoo.create_model(name, vocab_size=VOCABULARY, tie_word_embeddings=False)
     saved = _distinct(model)
-    for missing in [key for key in saved if ".layers.0." in key]:
+    for missing in [key for key in saved if ".layers." not in key or ".layers.0." in key]:
         state = {key: value for key, value in saved.items() if key != missing}
         model.save_pretrained(tmp_path, state_dict=state)
         loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -517,10 +566,11 @@ def test_state_file_of_another_model_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match="empty"):
         zoo.save_state(DynamicCache(config=model.config), path)
     zoo.save_state(model(ids(1, 5), use_cache=True).past_key_values, path)
-    smaller = zoo.create_model(name, num_hidden_layers=2)
-    with pytest.raises(ValueError, match="4 layers, the model has 2"):
+    smaller = AutoModelForCausalLM.from_config(smaller_config(name))
+    n = model.config.num_hidden_layers
+    with pytest.raises(ValueError, match=f"{n} layers, the model has {n - 1}"):
         zoo.load_state(path, smaller)
-    wider = zoo.create_model(name, hidden_size=256, num_hidden_layers=4)
+    wider = zoo.create_model(name, hidden_size=2 * model.config.hidden_size)
     with pytest.raises(ValueError, match="does not fit layer 0"):
         zoo.load_state(path, wider)
     path.write_bytes(path.read_bytes()[:-40])
@@ -533,9 +583,14 @@ def test_state_file_of_another_model_is_refused(name, tmp_path):
 
 @promise
 @torch.no_grad()
-def test_state_bytes(name):
+def test_state_bytes(name, tmp_path):
     model, measured = make(name), {}
-    is_recurrent = "attention" not in model.config.mixers
+    is_recurrent = set(model.config.layer_types) == {RECURRENT}
+    half = make(name, dtype=torch.bfloat16)
+    cache = half(ids(2, 40), use_cache=True).past_key_values
+    size = sum(x.numel() * x.element_size() for x in state_tensors(cache)) / 2
+    half.save_pretrained(tmp_path)  # which turns the dtype of the configuration into a name
+    assert size == zoo.state_bytes(half.config, 40)
     for length in (40, 80):
         cache = model(ids(2, length), use_cache=True).past_key_values
         measured[length] = sum(x.numel() * x.element_size() for x in state_tensors(cache)) / 2
@@ -597,7 +652,7 @@ def test_generation_with_candidates(name):
     expected = without_cache(model, prompt, do_sample=False)
     assert torch.equal(with_cache(model, prompt, do_sample=False, prompt_lookup_num_tokens=5), expected)
     torch.manual_seed(3)
-    stranger = zoo.create_model(name, vocab_size=VOCABULARY, num_hidden_layers=2).double().eval()
+    stranger = AutoModelForCausalLM.from_config(smaller_config(name)).double().eval()
     for assistant in (stranger, make(name, torch.float64)):
         assert torch.equal(with_cache(model, prompt, do_sample=False, assistant_model=assistant), expected)
 
@@ -629,10 +684,23 @@ def test_static_cache(name):
     model, prompt = make(name, torch.float64), ids(2, 50)
     expected = without_cache(model, prompt, do_sample=False)
     assert torch.equal(with_cache(model, prompt, do_sample=False, cache_implementation="static"), expected)
+    chunked = with_cache(model, prompt, do_sample=False, cache_implementation="static", prefill_chunk_size=7)
+    assert torch.equal(chunked, expected)
     tokens, mask, _ = padded_rows("left", [50, 3, 31], 50)
     dynamic = with_cache(model, tokens, attention_mask=mask, do_sample=False)
     static = with_cache(model, tokens, attention_mask=mask, do_sample=False, cache_implementation="static")
     assert torch.equal(static, dynamic)
+
+
+@promise
+@torch.no_grad()
+def test_compiled_forward_with_a_cache(name):
+    """A model that is compiled whole still generates, positions and all."""
+    torch._dynamo.reset()
+    model, prompt = make(name, torch.float64), ids(2, 20)
+    expected = without_cache(model, prompt, do_sample=False)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(with_cache(model, prompt, do_sample=False), expected)
 
 
 @promise
@@ -656,7 +724,7 @@ def test_compiled_decoding(name):
 @torch.no_grad()
 def test_a_cache_of_another_kind_is_refused(name):
     model = make(name)
-    other = zoo.create_config(name, num_hidden_layers=2)
+    other = smaller_config(name)
     caches = [DynamicCache(config=other), StaticCache(config=other, max_cache_len=9)]
     if RECURRENT in model.config.layer_types:
         caches.append(DynamicCache())
@@ -682,7 +750,17 @@ def test_crop(name):
         logits = model(rest, past_key_values=cache).logits
         expected = model(torch.cat([tokens[:, : 60 - back], rest], dim=1)).logits[:, -10:]
         assert_close(logits, expected, f"pieces {lengths}, {back} taken back")
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(tokens[:, :50], past_key_values=cache)
+    for t in range(50, 60):  # the batch is changed while the cache records
+        model(tokens[:, t : t + 1], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.crop(-4)
+    expected = model(torch.cat([tokens[[1, 0], :56], rest], dim=1)).logits[:, -10:]
+    assert_close(model(rest, past_key_values=cache).logits, expected, "reordered while recording")
     if any(isinstance(layer, RecurrentStateLayer) for layer in cache.layers):
+        cache.crop(0)
         with pytest.raises(RuntimeError, match="cannot roll back 65"):
             cache.crop(-65)
 
@@ -694,6 +772,9 @@ def test_reset(name):
     caches = [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=80)]
     for cache in caches:
         model(ids(2, 50, seed=1), past_key_values=cache)
+        if RECURRENT in model.config.layer_types:
+            with pytest.raises(ValueError, match="carries 2 rows, the call has 3"):
+                model(ids(3, 5), past_key_values=cache)
         cache.reset()
         assert cache.get_seq_length() == 0
         assert_close(model(tokens, past_key_values=cache).logits, model(tokens).logits, type(cache).__name__)
@@ -794,3 +875,9 @@ def test_lora(name):
         model.eval()
         expected = model(tokens).logits
         assert_close(model.merge_and_unload()(tokens).logits, expected)
+
+
+def test_unkept_promises_are_promises():
+    known = {key.removeprefix("test_") for key in globals()}
+    for name in NAMES:
+        assert set(find_preset(name).unkept) <= known, name

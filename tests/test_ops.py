@@ -96,6 +96,20 @@ def test_padding_is_not_read():
     assert all((x[~mask] == 0).all() and x.isfinite().all() for x in gradients)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("jump", [-1e3, -1e6, -torch.inf])
+def test_sudden_decays_in_float32(backend, jump):
+    """Now and then all is forgotten, in between next to nothing: float32 is as near to float64 as the reference is."""
+    q, k, v, _, state = (x.detach() for x in inputs(300))
+    log_decay = torch.full((2, 300, 3), -1e-2, dtype=torch.float64)
+    log_decay[:, ::37] = jump
+    with use_backend("reference"):
+        expected = decay_attention(q, k, v, log_decay, state)[0]
+    with use_backend(backend):
+        y = decay_attention(*(x.float() for x in (q, k, v, log_decay, state)))[0]
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_reference_gradients():
     tensors = inputs(5, b=1, h=2, d=2, e=3)
     with use_backend("reference"):

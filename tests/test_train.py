@@ -129,16 +129,30 @@ def test_a_failed_write_leaves_the_checkpoint_before_whole(tmp_path, tokenizer, 
     AutoTokenizer.from_pretrained(tmp_path / "latest")
 
 
-def test_batches_go_through_every_row_once_a_pass():
+def test_batches_take_no_row_twice_a_pass():
     tokens = np.arange(7 * 4 + 3, dtype=np.int32)
-    stream = data.batches(tokens, length=4, batch_size=2, seed=0)
+    rows = data.into_rows(tokens, length=4, batch_size=2)
+    stream = data.batches(rows, batch_size=2, seed=0)
     first_pass = torch.cat([next(stream) for _ in range(3)])
     assert len({tuple(row.tolist()) for row in first_pass}) == 6
     assert all(row[0] % 4 == 0 and (row.diff() == 1).all() for row in first_pass)
-    again = data.batches(tokens, length=4, batch_size=2, seed=0)
+    again = data.batches(rows, batch_size=2, seed=0)
     assert torch.equal(next(again), first_pass[:2])
     with pytest.raises(ValueError, match="7 rows of 4 tokens, a batch wants 8"):
-        next(data.batches(tokens, length=4, batch_size=8, seed=0))
+        data.into_rows(tokens, length=4, batch_size=8)
+
+
+def test_a_run_that_cannot_start_leaves_nothing(tmp_path, small_corpus, capsys):
+    assert train(tmp_path, "data.batch_size=100000") == 1
+    assert "a batch wants 100000" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_files_in_the_output_stay(tmp_path, small_corpus):
+    (tmp_path / "run" / "step-by-step").mkdir(parents=True)
+    (tmp_path / "run" / "step-notes.txt").write_text("mine")
+    assert train(tmp_path) == 0
+    assert {"step-by-step", "step-notes.txt"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_the_standard_library_is_a_corpus():

@@ -94,7 +94,8 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def _allocate(self, states: State) -> None:
         """Make the buffers of a static layer at the first write."""
-        if self._buffers is not None:
+        shapes = [state.shape for state in states]
+        if self._buffers is not None and [buffer.shape for buffer in self._buffers] == shapes:
             return
         self._buffers = tuple(torch.zeros_like(state) for state in states)
         self.cumulative_length = self.cumulative_length.to(states[0].device)
@@ -105,7 +106,7 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     # -- going back ----------------------------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
-        """From now on remember enough to take back the newest `MAX_ROLLBACK` tokens, until `crop` is called."""
+        """From now on remember enough to take back the newest `MAX_ROLLBACK` tokens that came since the last `crop`."""
         self.record_past = True
 
     def record(self, inputs: dict[str, Tensor], replay: Callable[[dict[str, Tensor], State | None], State]) -> None:
@@ -131,10 +132,10 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._records.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens, exactly, and end the recording window.
+        """Take back the newest tokens, exactly, and forget what was recorded.
 
         Args:
-            tokens_to_remove: minus the number of tokens, as everywhere in transformers; 0 only ends the window.
+            tokens_to_remove: minus the number of tokens, as everywhere in transformers; 0 only forgets.
 
         Raises:
             ValueError: on a positive number.
@@ -146,8 +147,8 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         recorded = sum(record.columns for record in self._records)
         if remaining > recorded:
             raise RuntimeError(
-                f"cannot roll back {remaining} tokens of a recurrent state, {recorded} are recorded; call "
-                f"activate_past_recording() on the cache before the tokens are read (at most {MAX_ROLLBACK} can go)"
+                f"cannot roll back {remaining} tokens of a recurrent state, {recorded} are recorded; at most "
+                f"{MAX_ROLLBACK} can go, and only if activate_past_recording() was called before they were read"
             )
         self.cumulative_length -= remaining
         while remaining:
@@ -172,16 +173,15 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self.states is None:
             return
         states = tuple(map(change, self.states))
-        if self.is_static and states[0].shape[0] != self.states[0].shape[0]:
-            self._buffers = None
+        if self.is_static:
             self._allocate(states)
         self._store(states)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices.to(x.device)])
+    def batch_select_indices(self, indices: Tensor | list[int]) -> None:
+        self._map(lambda x: x[torch.as_tensor(indices, device=x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
@@ -195,6 +195,10 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.cumulative_length.zero_()
         else:
             self.cumulative_length = 0
+
+    def __getstate__(self) -> dict:
+        """A copy or a pickle starts with nothing recorded: what is recorded belongs to the model that ran it."""
+        return {**self.__dict__, "_records": []}
 
     # -- what transformers asks of any layer ---------------------------------------------------------------------------
 
@@ -251,6 +255,7 @@ def save_state(cache: Cache, path: str | os.PathLike) -> None:
         path: the file.
 
     Raises:
+        FileNotFoundError: if the file's folder does not exist.
         ValueError: if the cache is empty, or is of a kind that cannot be written.
     """
     tensors, lengths = {}, []
@@ -261,6 +266,8 @@ def save_state(cache: Cache, path: str | os.PathLike) -> None:
     if not tensors:
         raise ValueError("the cache is empty: run the model on some tokens first")
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata={"format": _FORMAT, "lengths": json.dumps(lengths)})
@@ -274,7 +281,8 @@ def load_state(path: str | os.PathLike, model) -> DynamicCache:
 
     Args:
         path: a file that `save_state` wrote.
-        model: a model of the zoo of the same configuration; the tensors go to its device.
+        model: a model of the zoo of the same configuration; the tensors go to its device, and those that are kept in
+            the precision of the activations to its dtype.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -294,17 +302,20 @@ def load_state(path: str | os.PathLike, model) -> DynamicCache:
     cache, lengths = DynamicCache(config=model.config), json.loads(metadata["lengths"])
     if len(lengths) != len(cache.layers):
         raise ValueError(f"{path} holds {len(lengths)} layers, the model has {len(cache.layers)}")
-    for index, (layer, block, length) in enumerate(zip(cache.layers, model.base_model.layers, lengths, strict=True)):
+    blocks = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model.layers
+    for index, (layer, block, length) in enumerate(zip(cache.layers, blocks, lengths, strict=True)):
         expected = {name: tuple(shape) for name, shape in block.mixer.saved_shapes(length).items()}
         prefix = f"layers.{index}."
         found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         shapes = {name: tuple(x.shape[1:]) for name, x in found.items()}
         if shapes != expected:
             raise ValueError(f"{path} does not fit layer {index} of the model: it holds {shapes}, wanted {expected}")
-        if isinstance(layer, DynamicLayer):
-            layer.update(found["keys"], found["values"])
+        kept = block.mixer.saved_dtypes(model.dtype)
+        tensors_of_layer = tuple(found[name].to(kept[name]) for name in expected)
+        if isinstance(layer, RecurrentStateLayer):
+            layer.write(tensors_of_layer, length)
         else:
-            layer.write(tuple(found[name] for name in expected), length)
+            layer.update(*tensors_of_layer)
     return cache
 
 

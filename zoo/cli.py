@@ -1,14 +1,18 @@
-"""The command `zoo`: list, show, train, generate. Errors are one line; `--debug` shows the traceback.
-
-Each command imports what it needs itself, so that `--help` and a misspelt command do not wait for torch.
-"""
+"""The command `zoo`: list, show, train, generate. Errors are one line; `--debug` shows the traceback."""
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.utils import logging
+
+import zoo
 from zoo.errors import unknown_name
 
 
@@ -23,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; each command is a function of this module that takes the parsed arguments."""
     parser = _Parser(prog="zoo", description="Sequence architectures as first-class Hugging Face models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"sequence-zoo {zoo.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     command = commands.add_parser("list", help="the models there are")
@@ -48,8 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=generate)
 
-    for command in commands.choices.values():  # so that the flag may stand behind the command too
-        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(known_commands=tuple(commands.choices))
     return parser
 
@@ -57,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 1 after an error, or 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    debug = "--debug" in words  # wherever it stands
+    words = [word for word in words if word != "--debug"]
     try:
         parser = build_parser()
         command = next((word for word in words if not word.startswith("-")), None)
@@ -87,9 +91,9 @@ def _one_line(error: Exception) -> str:
 
 
 def list_presets(arguments: argparse.Namespace) -> None:
-    import zoo
-
     if arguments.markdown:
+        if arguments.pattern != "*":
+            raise ValueError("--markdown is the whole table: leave the pattern out")
         print("\n".join(zoo.inspection.architecture_table()))
         return
     names = zoo.list_models(arguments.pattern)
@@ -100,8 +104,6 @@ def list_presets(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    import zoo
-
     summary = zoo.summarize(arguments.name)
     config = zoo.create_config(arguments.name)
     state = zoo.state_bytes(config, arguments.length)
@@ -120,11 +122,9 @@ def show(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     try:
-        from zoo.train import config, loop
+        from zoo.train import config, loop  # noqa: PLC0415 (an extra)
     except ModuleNotFoundError as error:
         raise ValueError(f"training needs {error.name}: pip install 'sequence-zoo[train]'") from error
-    from transformers.utils import logging
-
     logging.disable_progress_bar()  # of saving and loading weights; the run has its own
     settings = config.load_config(arguments.recipe, arguments.assignments)
     try:
@@ -137,19 +137,19 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-    from transformers.utils import logging
-
-    import zoo  # noqa: F401 (registers the architectures)
-
-    looks_local = arguments.checkpoint.startswith((".", "/", "~")) or arguments.checkpoint.count("/") != 1
-    if looks_local and not Path(arguments.checkpoint, "config.json").is_file():
-        raise ValueError(f"{arguments.checkpoint} is no checkpoint: it has no config.json")
+    folder = Path(arguments.checkpoint).expanduser()
+    is_on_hub = not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", arguments.checkpoint)
+    if not is_on_hub and not (folder / "config.json").is_file():
+        hint = f"; did you mean {folder / 'latest'}?" if (folder / "latest").is_dir() else ""
+        raise ValueError(f"{arguments.checkpoint} is no checkpoint: it has no config.json{hint}")
+    if not arguments.prompt:
+        raise ValueError("--prompt is empty: there is nothing to continue")
     logging.disable_progress_bar()  # of loading weights
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     torch.manual_seed(arguments.seed)
+    if not 0 <= arguments.temperature < math.inf:
+        raise ValueError(f"--temperature must be 0 or positive, got {arguments.temperature}")
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature}

@@ -4,8 +4,10 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from zoo import registry
+from zoo.errors import unknown_name
 
 
 @strict
@@ -26,11 +28,15 @@ class ZooConfig(PreTrainedConfig):
         use_cache: whether evaluation returns a cache unless told otherwise.
         tie_word_embeddings: whether the head shares the embedding's weights.
         pad_token_id, bos_token_id, eos_token_id: ids of the special tokens, if there are any.
-        layer_types: derived from `mixers`: which cache layer and mask each layer takes.
+
+    A field with a default that depends on others is None until `fill_defaults`, which a subclass extends. From `mixers`
+    follows `layer_types`, which cache layer and mask each layer takes.
     """
 
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
     default_mixers: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[tuple[str, ...]] = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+    """Fields that must be positive."""
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -48,12 +54,34 @@ class ZooConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        for name in self.sizes:
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name} must be positive, got {size}")
+        if self.hidden_act not in ACT2FN:
+            raise unknown_name("activation", self.hidden_act, ACT2FN)
+        self.fill_defaults()
+        self.settle_layers()
+        super().__post_init__(**kwargs)
+
+    def settle_layers(self) -> None:
+        """Repeat `mixers` to one a layer, and derive `layer_types`.
+
+        Raises:
+            ValueError: if there are more mixers than layers, or a mixer is unknown or needs fields that are not here.
+        """
         pattern = self.mixers or list(self.default_mixers)
         if not 0 < len(pattern) <= self.num_hidden_layers:
             raise ValueError(f"mixers names {len(pattern)} layers, num_hidden_layers is {self.num_hidden_layers}")
         self.mixers = [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)]
+        for name in dict.fromkeys(self.mixers):
+            if missing := [f for f in registry.find_mixer(name).config_fields if not hasattr(self, f)]:
+                raise ValueError(
+                    f"mixer {name!r} needs {', '.join(missing)}, which {type(self).__name__} does not have"
+                )
         self.layer_types = [registry.find_mixer(name).layer_type for name in self.mixers]
-        super().__post_init__(**kwargs)
+
+    def fill_defaults(self) -> None:
+        """Fill the fields that are None from others."""
 
     def validate_layer_type(self):
         """The spine's own layer types are valid; transformers' list of names does not know them."""

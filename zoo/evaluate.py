@@ -56,6 +56,6 @@ def score_text(
     model.train(was_training)
     frequency = ids.bincount()[ids.unique()] / len(ids)
     entropy = -(frequency * frequency.log()).sum().item()
-    bits_a_nat_a_byte = len(ids) / math.log(2) / len(text.encode())
+    bits_per_byte_per_nat = len(ids) / math.log(2) / len(text.encode())
     loss = total / len(ids)
-    return TextScore(loss, loss * bits_a_nat_a_byte, entropy, entropy * bits_a_nat_a_byte, len(ids))
+    return TextScore(loss, loss * bits_per_byte_per_nat, entropy, entropy * bits_per_byte_per_nat, len(ids))

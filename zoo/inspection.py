@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zoo import registry
+from zoo.config import ZooConfig
 from zoo.mixer import Mixer
 from zoo.ops.dispatch import choose
 
@@ -17,12 +18,19 @@ def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torc
     Args:
         config: configuration of a zoo model.
         length: tokens of the sequence; needed where a layer's state grows with it (attention over everything).
-        dtype: of the activations. Default: that of the configuration, else float32.
+        dtype: of the activations. Default: that of the configuration, which a model converted later (`model.half()`)
+            no longer has, else float32.
 
     Raises:
-        ValueError: if a layer's state grows and no length is given.
+        ValueError: if a layer's state grows and no length is given, or it is no configuration of the zoo.
     """
+    if not isinstance(config, ZooConfig):
+        raise ValueError(f"state_bytes knows the models of the zoo, not {type(config).__name__}")
+    if length is not None and length < 0:
+        raise ValueError(f"a sequence has no {length} tokens")
     dtype = dtype or config.dtype or torch.float32
+    if isinstance(dtype, str):  # saving a model turns the dtype of its configuration into a name
+        dtype = getattr(torch, dtype)
     return sum(
         registry.find_mixer(name).state_bytes(config, index, length, dtype) for index, name in enumerate(config.mixers)
     )
@@ -69,7 +77,13 @@ class KernelUse(NamedTuple):
 
 
 def kernel_report(model: PreTrainedModel) -> list[KernelUse]:
-    """One row for each op of each layer of a zoo model, for the device the model is on."""
+    """One row for each op of each layer of a zoo model, for the device the model is on.
+
+    Raises:
+        ValueError: if the model has no layer of the zoo.
+    """
+    if not any(isinstance(module, Mixer) for module in model.modules()):
+        raise ValueError(f"kernel_report knows the models of the zoo, not {type(model).__name__}")
     rows = []
     for name, module in model.named_modules():
         if not isinstance(module, Mixer):
@@ -91,8 +105,8 @@ def architecture_table() -> list[str]:
         models = ", ".join(f"`{preset}`" for preset in registry.list_models() if preset in plugin.presets)
         mixers = ", ".join(f"`{mixer}`" for mixer in plugin.mixers)
         states = [_state_in_words(registry.create_config(preset)) for preset in plugin.presets]
-        paper = plugin.paper.removeprefix("arXiv:")
-        link = f"[{paper}](https://arxiv.org/abs/{paper})"
+        number = plugin.paper.removeprefix("arXiv:")
+        link = f"[{number}](https://arxiv.org/abs/{number})" if number != plugin.paper else plugin.paper
         rows.append(f"| [{name}](plugins/{name}) | {link} | {models} | {mixers} | {', '.join(dict.fromkeys(states))} |")
     return rows
 

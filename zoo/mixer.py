@@ -18,8 +18,8 @@ from transformers import Cache
 from zoo.cache import MAX_ROLLBACK, RECURRENT, RecurrentStateLayer, State
 from zoo.config import ZooConfig
 
-Carried = dict[str, Tensor]
-"""Values, each (b t ...), that a layer leaves for the layers above it (as RWKV-7's first layer leaves its values)."""
+Shared = dict[str, Tensor]
+"""Values, each (b t ...), that layers share: what one leaves, those above it find (as the first values of RWKV-7)."""
 
 
 @dataclass
@@ -43,10 +43,10 @@ class Tokens:
     """What the caller passed on to the attention implementation."""
     order: Tensor | None = None
     """(b t), set where padding was moved behind: which column now stands at each place."""
-    rows: "Tokens | None" = None
-    """The same tokens with padding moved behind, worked out once for all layers."""
+    left_aligned: "Tokens | None" = None
+    """The same tokens with padding moved behind, worked out once for all layers; themselves where there is none."""
 
-    def with_padding_behind(self) -> "Tokens":
+    def align_left(self) -> "Tokens":
         """These tokens as `scan` sees them: in each row the real ones first, in their order."""
         if self.mask is None:
             return self
@@ -70,15 +70,16 @@ class Tokens:
         return x if self.order is None else torch.empty_like(x).scatter(1, _expand_index(self.order, x), x)
 
     def columns(self, start: int, stop: int) -> "Tokens":
-        """The tokens of some columns, in the caller's order."""
+        """The tokens of some columns, in the caller's order, without the masks of attention: those are of the call."""
         part = replace(
             self,
+            attention_masks={},
             positions=self.positions[:, start:stop],
             mask=None if self.mask is None else self.mask[:, start:stop],
             segments=None if self.segments is None else self.segments[:, start:stop],
             rotary=None if self.rotary is None else tuple(x[:, start:stop] for x in self.rotary),
         )
-        part.rows = part.with_padding_behind()
+        part.left_aligned = part.align_left()
         return part
 
     def to(self, *args, **kwargs) -> "Tokens":
@@ -91,10 +92,12 @@ class Tokens:
                 return tuple(map(move, value))
             return value.to(*args, **kwargs) if hasattr(value, "to") else value
 
-        alone = self.rows is self
-        moved = {item.name: getattr(self, item.name) for item in fields(self) if not (alone and item.name == "rows")}
+        alone = self.left_aligned is self
+        moved = {
+            item.name: getattr(self, item.name) for item in fields(self) if not (alone and item.name == "left_aligned")
+        }
         tokens = Tokens(**move(moved))
-        tokens.rows = tokens if alone else tokens.rows
+        tokens.left_aligned = tokens if alone else tokens.left_aligned
         return tokens
 
     def as_inputs(self, x: Tensor) -> dict[str, Tensor]:
@@ -112,7 +115,7 @@ class Tokens:
         """The tokens that `as_inputs` described."""
         rotary = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
         tokens = cls(inputs["positions"], mask=inputs.get("mask"), rotary=rotary)
-        tokens.rows = tokens.with_padding_behind()
+        tokens.left_aligned = tokens.align_left()
         return tokens
 
 
@@ -131,6 +134,8 @@ class Mixer(nn.Module):
     """Which cache layer and which mask it takes: an entry of `config.layer_types`."""
     ops: ClassVar[tuple[str, ...]] = ()
     """Names of the ops of `zoo.ops` it runs on."""
+    config_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that it reads of a configuration, beyond those of `ZooConfig`; a model with this mixer must have them."""
     parameter_options: ClassVar[dict[str, dict[str, float]]] = {}
     """By name of a parameter, what the optimiser shall do with it other than usual: `weight_decay`, `lr_scale`."""
 
@@ -138,17 +143,17 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
 
-    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Carried]:
+    def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
         """Mix the tokens of a call with each other and with what the cache holds.
 
         Args:
             x: activations, (b t d).
-            carried: values that earlier layers left.
+            shared: values that the layers below left.
             tokens: positions, padding and documents.
             cache: the model's cache, whose layer `layer_idx` is read and written; None: a whole sequence without one.
 
         Returns:
-            The mixed activations, (b t d), and what later layers shall find in `carried`.
+            The mixed activations, (b t d), and what the layers above shall find in `shared`.
         """
         raise NotImplementedError
 
@@ -160,6 +165,10 @@ class Mixer(nn.Module):
     def saved_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
         """What a state file holds of this layer after `length` tokens: shapes by name, without the batch."""
         raise NotImplementedError
+
+    def saved_dtypes(self, activations: torch.dtype) -> dict[str, torch.dtype]:
+        """The dtypes of the same tensors in a model whose activations are of the given one."""
+        return dict.fromkeys(self.saved_shapes(0), activations)
 
     def reset_parameters(self) -> None:
         """Initialise the raw parameters of this module, with `transformers.initialization` only."""
@@ -186,10 +195,10 @@ class RecurrentMixer(Mixer):
         """
         raise NotImplementedError
 
-    def scan_carried(self, x: Tensor, state: State, tokens: Tokens, carried: Carried) -> tuple[Tensor, State, Carried]:
-        """`scan` for a mixer that reads what earlier layers left, or leaves something; override one of the two."""
+    def scan_shared(self, x: Tensor, state: State, tokens: Tokens, shared: Shared) -> tuple[Tensor, State, Shared]:
+        """`scan` for a mixer that reads what layers below left, or leaves something; override one of the two."""
         y, state = self.scan(x, state, tokens)
-        return y, state, carried
+        return y, state, shared
 
     @classmethod
     def state_shapes(cls, config: ZooConfig, layer_idx: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
@@ -206,29 +215,29 @@ class RecurrentMixer(Mixer):
             for shape, dtype in self.state_shapes(self.config, self.layer_idx).values()
         )
 
-    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Carried]:
+    def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
         if cache is None:
-            y, _, carried = self._run(x, carried, tokens, None)
-            return y, carried
+            y, _, shared = self._run(x, shared, tokens, None)
+            return y, shared
         memory = cache.layers[self.layer_idx]
         if memory.record_past:
-            return self._run_recorded(x, carried, tokens, memory)
-        y, state, carried = self._run(x, carried, tokens, memory.states)
+            return self._run_recorded(x, shared, tokens, memory)
+        y, state, shared = self._run(x, shared, tokens, memory.states)
         memory.write(state, x.shape[1])
-        return y, carried
+        return y, shared
 
-    def _run(self, x: Tensor, carried: Carried, tokens: Tokens, state: State | None) -> tuple[Tensor, State, Carried]:
-        """Call `scan_carried` on rows whose padding stands behind, and give everything back in the caller's order."""
-        rows = tokens.rows
+    def _run(self, x: Tensor, shared: Shared, tokens: Tokens, state: State | None) -> tuple[Tensor, State, Shared]:
+        """Call `scan_shared` with padding moved behind, and give everything back in the caller's order."""
+        aligned = tokens.left_aligned
         state = self.initial_state(x) if state is None else state
-        y, state, left = self.scan_carried(
-            rows.gather(x), state, rows, {name: rows.gather(value) for name, value in carried.items()}
+        y, state, left = self.scan_shared(
+            aligned.gather(x), state, aligned, {name: aligned.gather(value) for name, value in shared.items()}
         )
-        return rows.scatter(y), state, {name: rows.scatter(value) for name, value in left.items()}
+        return aligned.scatter(y), state, {name: aligned.scatter(value) for name, value in left.items()}
 
     def _run_recorded(
-        self, x: Tensor, carried: Carried, tokens: Tokens, memory: RecurrentStateLayer
-    ) -> tuple[Tensor, Carried]:
+        self, x: Tensor, shared: Shared, tokens: Tokens, memory: RecurrentStateLayer
+    ) -> tuple[Tensor, Shared]:
         """Run while the cache records: of a long call only the tail that may be taken back is kept."""
         pieces, t = [], x.shape[1]
         head = max(0, t - MAX_ROLLBACK)
@@ -236,11 +245,11 @@ class RecurrentMixer(Mixer):
             if start == stop:
                 continue
             part = tokens.columns(start, stop)
-            piece, below = x[:, start:stop], {name: value[:, start:stop] for name, value in carried.items()}
+            piece, below = x[:, start:stop], {name: value[:, start:stop] for name, value in shared.items()}
             if stop < t:
                 memory.forget()
             else:
-                memory.record(part.as_inputs(piece) | {f"carried.{name}": v for name, v in below.items()}, self._replay)
+                memory.record(part.as_inputs(piece) | {f"shared.{name}": v for name, v in below.items()}, self._replay)
             y, state, left = self._run(piece, below, part, memory.states)
             memory.write(state, stop - start)
             pieces.append((y, left))
@@ -249,8 +258,8 @@ class RecurrentMixer(Mixer):
 
     def _replay(self, inputs: dict[str, Tensor], state: State | None) -> State:
         """The state after recorded inputs, which `crop` kept some columns of."""
-        carried = {name.removeprefix("carried."): v for name, v in inputs.items() if name.startswith("carried.")}
-        return self._run(inputs["x"], carried, Tokens.from_inputs(inputs), state)[1]
+        shared = {name.removeprefix("shared."): v for name, v in inputs.items() if name.startswith("shared.")}
+        return self._run(inputs["x"], shared, Tokens.from_inputs(inputs), state)[1]
 
     @classmethod
     def state_bytes(cls, config: ZooConfig, layer_idx: int, length: int | None, dtype: torch.dtype) -> int:
@@ -260,6 +269,10 @@ class RecurrentMixer(Mixer):
     def saved_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
         shapes = self.state_shapes(self.config, self.layer_idx).values()
         return {f"state.{i}": shape for i, (shape, _) in enumerate(shapes)}
+
+    def saved_dtypes(self, activations: torch.dtype) -> dict[str, torch.dtype]:
+        shapes = self.state_shapes(self.config, self.layer_idx).values()
+        return {f"state.{i}": _resolve(dtype, activations) for i, (_, dtype) in enumerate(shapes)}
 
 
 def _resolve(dtype: torch.dtype | None, activations: torch.dtype) -> torch.dtype:

@@ -6,6 +6,7 @@ where its architecture differs.
     heads_of   the causal LM and the classifiers of a model class
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from zoo import registry
 from zoo.cache import RECURRENT, RecurrentStateLayer, recurrent_mask
 from zoo.config import ZooConfig
-from zoo.mixer import Carried, Mixer, Tokens
+from zoo.mixer import Mixer, Shared, Tokens
 from zoo.nn import GatedMLP, SoftmaxAttention
 
 
@@ -41,12 +42,12 @@ class Block(GradientCheckpointingLayer):
         self.channel_mixer = GatedMLP(config)
 
     def forward(
-        self, x: Tensor, carried: Carried, tokens: Tokens, past_key_values: Cache | None = None
-    ) -> tuple[Tensor, Carried]:
+        self, x: Tensor, shared: Shared, tokens: Tokens, past_key_values: Cache | None = None
+    ) -> tuple[Tensor, Shared]:
         """x (b t d) and the values left below -> x (b t d) and the values left for the layers above."""
-        y, carried = self.mixer(self.mixer_norm(x), carried, tokens, past_key_values)
+        y, shared = self.mixer(self.mixer_norm(x), shared, tokens, past_key_values)
         x = x + y
-        return x + self.channel_mixer(self.channel_norm(x)), carried
+        return x + self.channel_mixer(self.channel_norm(x)), shared
 
     def reset_parameters(self) -> None:
         """Initialise what the architecture draws by a rule of its own, with `transformers.initialization` only."""
@@ -107,6 +108,16 @@ class ZooPreTrainedModel(PreTrainedModel):
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
+@dataclass
+class ZooModelOutput(BaseModelOutputWithPast):
+    """What a model without a head returns."""
+
+    shared: Shared | None = None
+    """What the layers left for each other; an auxiliary loss may read it."""
+    segments: Tensor | None = None
+    """(b t) ids of the documents packed in a row; None: one document a row."""
+
+
 class ZooModel(ZooPreTrainedModel):
     """The model without a head. A plugin's model class names its config, and overrides what its paper changes."""
 
@@ -114,6 +125,7 @@ class ZooModel(ZooPreTrainedModel):
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
+        config.settle_layers()  # from_pretrained sets fields after the configuration is made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -132,14 +144,14 @@ class ZooModel(ZooPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> ZooModelOutput:
         """Hidden states of the tokens of a call.
 
         Args:
             input_ids: (b t). Either these or `inputs_embeds`.
             attention_mask: (b past+t), 0 at padding, which may stand anywhere; None: no padding, past and present.
-            position_ids: (b t), place of each token in its document. Where it does not go on by one, a new document
-                starts, and the two do not see each other. None: counted from the mask or the cache.
+            position_ids: (b t), place of each token in its document. Where it does not go on by one within a call, a
+                new document starts, and the two do not see each other. None: counted from the mask or the cache.
             past_key_values: the cache to continue from; it is advanced in place.
             inputs_embeds: (b t d).
             use_cache: whether to return a cache. None: in evaluation, as the config says, unless rows are packed.
@@ -156,9 +168,15 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError(
                 "gradient checkpointing runs layers twice, so it cannot advance a cache: use one of the two"
             )
-        self._check_cache(past_key_values)
+        if self.gradient_checkpointing and self.training and _is_reentrant(self.layers[0]):
+            raise ValueError("reentrant checkpointing loses gradients of what layers share: pass use_reentrant=False")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.shape[1] == 0:
+            raise ValueError("there are no tokens to read: the sequences have length 0")
+        self._check_cache(past_key_values, x.shape[0])
         tokens = self._read_tokens(x, attention_mask, position_ids, past_key_values, kwargs)
+        if is_torchdynamo_compiling() and (past_key_values is not None or use_cache):
+            tokens.segments = None  # a graph cannot depend on values, and a row with a cache is one document
         is_packed = tokens.segments is not None
         if is_packed and (past_key_values is not None or use_cache):
             raise ValueError("position_ids pack several documents in a row, and a cache carries one: use_cache=False")
@@ -166,18 +184,23 @@ class ZooModel(ZooPreTrainedModel):
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training and not is_packed
             past_key_values = DynamicCache(config=self.config) if use_cache else None
-        x = self.run_layers(x, tokens, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        x, shared = self.run_layers(x, tokens, past_key_values)
+        return ZooModelOutput(
+            last_hidden_state=self.norm(x),
+            past_key_values=past_key_values,
+            shared=shared or None,
+            segments=tokens.segments,
+        )
 
-    def run_layers(self, x: Tensor, tokens: Tokens, past_key_values: Cache | None) -> Tensor:
-        """Embeddings (b t d) -> the residual stream after the last block (b t d)."""
-        carried: Carried = {}
-        for layer in self.layers:
-            x, carried = layer(x, carried, tokens=tokens, past_key_values=past_key_values)
-        return x
+    def run_layers(self, x: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Shared]:
+        """Embeddings (b t d) -> the residual stream after the last block (b t d), and the values the layers left."""
+        shared: Shared = {}
+        for layer in self.layers[: self.config.num_hidden_layers]:  # early exit lowers the number for a while
+            x, shared = layer(x, shared, tokens=tokens, past_key_values=past_key_values)
+        return x, shared
 
-    def _check_cache(self, cache: Cache | None) -> None:
-        """Raise unless the cache has the layers that this model's mixers read and write."""
+    def _check_cache(self, cache: Cache | None, batch_size: int) -> None:
+        """Raise unless the cache has the layers that this model's mixers read and write, for as many rows."""
         if cache is None:
             return
         wanted = [layer_type == RECURRENT for layer_type in self.config.layer_types]
@@ -188,6 +211,9 @@ class ZooModel(ZooPreTrainedModel):
                 f"this {type(cache).__name__} is not for a {type(self).__name__} of {len(wanted)} layers: make it with "
                 "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
             )
+        for layer in cache.layers:
+            if isinstance(layer, RecurrentStateLayer) and layer.states and len(layer.states[0]) != batch_size:
+                raise ValueError(f"the cache carries {len(layer.states[0])} rows, the call has {batch_size}")
 
     # -- reading the arguments -----------------------------------------------------------------------------------------
 
@@ -202,32 +228,30 @@ class ZooModel(ZooPreTrainedModel):
         """Work out positions, padding and documents of a call, and the masks of the layers, once for all of them."""
         b, t = x.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
-        given = attention_mask
-        if isinstance(given, dict):  # `generate` makes the masks itself for caches that can be compiled
-            mask, attention_mask = given.get(RECURRENT), None
+        made_by_generate = isinstance(attention_mask, dict)  # as it does for caches that can be compiled
+        if made_by_generate:
+            padding, mask = None, attention_mask.get(RECURRENT)
         else:
             attention_mask = _checked_mask(attention_mask, b, t, past)
-            is_padding_mask = attention_mask is not None and attention_mask.dim() == 2
-            mask = recurrent_mask(x, attention_mask) if is_padding_mask or self._has_recurrent_layers() else None
-        positions = position_ids
-        if positions is None and attention_mask is not None and attention_mask.dim() == 2:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -t:]
-        elif positions is None:
+            padding = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
+            mask = recurrent_mask(x, attention_mask if RECURRENT in self.config.layer_types else padding)
+        if position_ids is not None:
+            positions = position_ids
+        elif padding is not None:
+            positions = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -t:]
+        else:
             positions = (torch.arange(t, device=x.device) + past)[None]
         tokens = Tokens(positions, mask=mask, attention_options=options | {"position_ids": position_ids})
         if self.rotary is not None:
             tokens.rotary = self.rotary(x, positions)
-        if position_ids is not None and t > 1 and not isinstance(given, dict):
-            starts = _document_starts(positions.expand(b, -1), mask)
-            tokens.segments = None if starts is None else starts.cumsum(dim=1)
-        tokens.rows = tokens.with_padding_behind()
+        if position_ids is not None and t > 1 and not made_by_generate:
+            tokens.segments = _find_segments(positions.expand(b, -1), mask)
+            _check_continuation(tokens, padding, past)
+        tokens.left_aligned = tokens.align_left()
         tokens.attention_masks = (
-            given if isinstance(given, dict) else self._make_masks(x, attention_mask, tokens, cache)
+            attention_mask if made_by_generate else self._make_masks(x, attention_mask, tokens, cache)
         )
         return tokens
-
-    def _has_recurrent_layers(self) -> bool:
-        return RECURRENT in self.config.layer_types
 
     def _make_masks(
         self, x: Tensor, attention_mask: Tensor | None, tokens: Tokens, cache: Cache | None
@@ -252,6 +276,11 @@ class ZooModel(ZooPreTrainedModel):
         }
 
 
+def _is_reentrant(layer: GradientCheckpointingLayer) -> bool:
+    """Whether the checkpointing that was set on a layer is torch's older, reentrant kind."""
+    return bool(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"))
+
+
 def _checked_mask(mask: Tensor | None, b: int, t: int, past: int | Tensor) -> Tensor | None:
     """The mask if it fits the call; None where it hides nothing."""
     if mask is None or is_torchdynamo_compiling():
@@ -266,18 +295,28 @@ def _checked_mask(mask: Tensor | None, b: int, t: int, past: int | Tensor) -> Te
     return mask
 
 
-def _document_starts(positions: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Where a row's second and later documents start, (b t) bool: its real tokens' positions do not go on by one there.
+def _check_continuation(tokens: Tokens, padding: Tensor | None, past: int | Tensor) -> None:
+    """Raise if a row that has read tokens starts anew: a cache carries one document a row."""
+    if is_torchdynamo_compiling() or not isinstance(past, int) or past == 0:
+        return
+    has_past = tokens.positions.new_ones(1, dtype=torch.bool) if padding is None else padding[:, :past].any(dim=1)
+    first = tokens.align_left().positions[:, 0]
+    if (has_past & (first == 0)).any():
+        raise ValueError("position_ids start a new document in a row whose cache holds another: use a new cache")
+
+
+def _find_segments(positions: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Ids of the documents packed in each row, (b t): a new one starts where its real tokens' positions jump.
 
     None if every row is one document.
     """
-    rows = Tokens(positions, mask=mask).with_padding_behind()
-    starts = torch.diff(rows.positions, dim=1, prepend=rows.positions[:, :1] - 1) != 1
-    if rows.mask is not None:
-        starts = starts & rows.mask
+    aligned = Tokens(positions, mask=mask).align_left()
+    starts = torch.diff(aligned.positions, dim=1, prepend=aligned.positions[:, :1] - 1) != 1
+    if aligned.mask is not None:
+        starts = starts & aligned.mask
     if not is_torchdynamo_compiling() and not starts.any():
         return None
-    return rows.scatter(starts)
+    return aligned.scatter(starts).cumsum(dim=1)
 
 
 # -- heads -------------------------------------------------------------------------------------------------------------
@@ -301,8 +340,8 @@ class ZooForCausalLM(ZooPreTrainedModel):
         """(b t d) -> (b t vocabulary); the place for a soft-cap."""
         return self.lm_head(hidden_states)
 
-    def auxiliary_loss(self, outputs: BaseModelOutputWithPast) -> Tensor | None:
-        """A scalar that training adds to the loss, from what the layers left in `outputs`; None: nothing."""
+    def auxiliary_loss(self, outputs: ZooModelOutput) -> Tensor | None:
+        """A scalar that is added to the loss, from `outputs.shared` for example; None: nothing."""
         return None
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs) -> None:
@@ -313,6 +352,11 @@ class ZooForCausalLM(ZooPreTrainedModel):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if theirs in model_kwargs:
             model_kwargs["past_key_values"] = model_kwargs.pop(theirs)
+
+    def _get_static_cache_init_shape(self):
+        """Heads and width of the keys, for a cache that is allocated early; None where no layer has keys."""
+        has_keys = set(self.config.layer_types) != {RECURRENT}
+        return super()._get_static_cache_init_shape() if has_keys else None
 
     @can_return_tuple
     def forward(
@@ -336,7 +380,7 @@ class ZooForCausalLM(ZooPreTrainedModel):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs:
                 as for `ZooModel.forward`.
         """
-        outputs: BaseModelOutputWithPast = self.model(
+        outputs: ZooModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -348,7 +392,9 @@ class ZooForCausalLM(ZooPreTrainedModel):
         logits = self.compute_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            labels = _without_document_starts(labels, attention_mask, position_ids)
+            if outputs.segments is not None:  # the end of one document does not predict the start of the next
+                starts = torch.diff(outputs.segments, dim=1, prepend=outputs.segments[:, :1]) != 0
+                labels = labels.masked_fill(starts, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             auxiliary = self.auxiliary_loss(outputs)
             loss = loss if auxiliary is None else loss + auxiliary
@@ -359,16 +405,6 @@ class ZooForCausalLM(ZooPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def _without_document_starts(labels: Tensor, attention_mask: Any, position_ids: Tensor | None) -> Tensor:
-    """The labels, without those that the end of another document would have to predict."""
-    if position_ids is None:
-        return labels
-    is_padding_mask = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-    mask = attention_mask[:, -labels.shape[1] :].bool() if is_padding_mask else None
-    starts = _document_starts(position_ids.expand(labels.shape[0], -1), mask)
-    return labels if starts is None else labels.masked_fill(starts, -100)
 
 
 def heads_of(model: type[ZooModel]) -> tuple[type[ZooForCausalLM], type[PreTrainedModel], type[PreTrainedModel]]:

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zoo.cache import State
 from zoo.config import ZooConfig
-from zoo.mixer import Carried, Mixer, RecurrentMixer, Tokens
+from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
 
 
 class GatedMLP(nn.Module):
@@ -96,6 +96,7 @@ class _GroupedQueries:
     """The projections of grouped-query attention (arXiv:2305.13245), for the mixers below."""
 
     ops = ("attention",)
+    config_fields = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout")
 
     def __init__(self, config: ZooConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -121,12 +122,12 @@ class Attention(_GroupedQueries, Mixer):
 
     layer_type = "full_attention"
 
-    def forward(self, x: Tensor, carried: Carried, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Carried]:
+    def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
         q, k, v = self._project(x, tokens)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         y, _ = self.attention(q, k, v, tokens.attention_masks[self.layer_type], **tokens.attention_options)
-        return self.o_proj(y), carried
+        return self.o_proj(y), shared
 
     @classmethod
     def state_bytes(cls, config: ZooConfig, layer_idx: int, length: int | None, dtype: torch.dtype) -> int:
@@ -146,6 +147,8 @@ class SlidingWindowAttention(_GroupedQueries, RecurrentMixer):
     everything that the state contract promises holds. The count says how many slots of the window, from the right,
     have been filled.
     """
+
+    config_fields = (*_GroupedQueries.config_fields, "sliding_window")
 
     @classmethod
     def state_shapes(cls, config: ZooConfig, layer_idx: int) -> dict:

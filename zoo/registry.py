@@ -47,7 +47,7 @@ class Plugin:
     Args:
         models: its model classes; the end of a class's name says which Auto class offers it.
         presets: configurations by name, each the fields that differ from the config's defaults. One ends in `-tiny`.
-        mixers: the mixer classes it offers to any model, by name.
+        mixers: the mixer classes it offers, by name, to every model whose configuration has their `config_fields`.
         lora_targets: names of the linear modules that a LoRA adapter should cover, as peft's `target_modules`.
         paper: where it was published.
         unkept: promises of the contract test that the architecture cannot keep, each with the reason; the call must
@@ -81,24 +81,31 @@ def load_plugins() -> None:
     sources = {found.name: f"{tree.__name__}.{found.name}" for found in pkgutil.iter_modules(tree.__path__)}
     for point in entry_points(group="zoo.plugins"):
         if point.name in sources:
-            raise ValueError(f"plugin {point.name!r} is offered twice: by {sources[point.name]} and by {point.value}")
-        sources[point.name] = point.value
+            _leave_out(
+                point.name, point.value, ValueError(f"{sources[point.name]} has the name {point.name!r} already")
+            )
+        else:
+            sources[point.name] = point.value
     for name, module in sorted(sources.items()):
         try:
-            plugin = importlib.import_module(module).PLUGIN
+            register(name, importlib.import_module(module).PLUGIN)
         except Exception as error:  # whatever a foreign package raises, the rest of the zoo must work
-            _failures[name] = error
-            logger.warning("zoo plugin %r (%s) is left out: %s: %s", name, module, type(error).__name__, error)
-            continue
-        register(name, plugin)
+            _leave_out(name, module, error)
+
+
+def _leave_out(name: str, module: str, error: Exception) -> None:
+    _failures[name] = error
+    logger.warning("zoo plugin %r (%s) is left out: %s: %s", name, module, type(error).__name__, error)
 
 
 def register(name: str, plugin: Plugin) -> None:
     """Enter a plugin under a name and hand its classes to transformers' Auto classes.
 
     Raises:
-        ValueError: if a name it brings is taken, by another plugin or by transformers itself.
+        ValueError: if it is no `Plugin`, or a name it brings is taken, by another plugin or by transformers itself.
     """
+    if not isinstance(plugin, Plugin):
+        raise ValueError(f"PLUGIN of {name!r} is a {type(plugin).__name__}, not a zoo.Plugin")
     for kind in ("presets", "mixers"):
         for other, registered in _plugins.items():
             if taken := getattr(registered, kind).keys() & getattr(plugin, kind).keys():
@@ -108,9 +115,10 @@ def register(name: str, plugin: Plugin) -> None:
     config = plugin.config_class
     if config.model_type in CONFIG_MAPPING:
         raise ValueError(f"plugin {name!r} brings the model type {config.model_type!r}, which is registered already")
+    offered = [(_AUTO_CLASSES[_suffix(model)], model) for model in plugin.models]
     AutoConfig.register(config.model_type, config)
-    for model in plugin.models:
-        _AUTO_CLASSES[_suffix(model)].register(config, model)
+    for auto_class, model in offered:
+        auto_class.register(config, model)
     _plugins[name] = plugin
 
 
@@ -153,7 +161,10 @@ def _find(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     for plugin, error in _failures.items():
         if name == plugin or name.startswith(f"{plugin}-"):
             raise error
-    raise unknown_name(kind, name, known)
+    error = unknown_name(kind, name, known)
+    if _failures:
+        error = ValueError(f"{error}; plugins left out, as they failed to load: {', '.join(_failures)}")
+    raise error
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -190,8 +201,11 @@ def create_model(name: str, **overrides) -> PreTrainedModel:
     Raises:
         ValueError: on an unknown preset or field; the nearest known ones are suggested.
     """
-    return find_preset(name).model_class("ForCausalLM")(create_config(name, **overrides))
+    config = create_config(name, **overrides)
+    return find_preset(name).model_class("ForCausalLM")._from_config(config)  # honours its dtype
 
 
 def _field_names(config_class: type[PreTrainedConfig]) -> Iterable[str]:
-    return [field.name for field in dataclasses.fields(config_class)] + ["num_labels", "attn_implementation"]
+    derived = {"layer_types", "transformers_version"}
+    names = [field.name for field in dataclasses.fields(config_class) if field.name not in derived]
+    return [*names, "num_labels", "attn_implementation"]

@@ -16,7 +16,7 @@ from zoo.config import ZooConfig
 from zoo.mixer import RecurrentMixer, Tokens
 from zoo.modeling import Block, ZooModel, heads_of
 from zoo.nn import rotate_pairs
-from zoo.ops.decay_attention import decay_attention, state_dtype
+from zoo.ops.decay_attention import decay_attention
 
 
 @strict
@@ -31,6 +31,7 @@ class RetNetConfig(ZooConfig):
 
     model_type = "zoo_retnet"
     default_mixers = ("retention",)
+    sizes = (*ZooConfig.sizes, "num_heads", "value_size")
     base_model_tp_plan = {
         "layers.*.mixer.q_proj": "colwise_gather_output",
         "layers.*.mixer.k_proj": "colwise_gather_output",
@@ -46,10 +47,9 @@ class RetNetConfig(ZooConfig):
     value_size: int | None = None
     initializer_range: float | None = None
 
-    def __post_init__(self, **kwargs):
+    def fill_defaults(self):
         self.value_size = self.value_size or 2 * self.hidden_size
         self.initializer_range = self.initializer_range or self.hidden_size**-0.5
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         if self.hidden_size % (2 * self.num_heads) or self.value_size % self.num_heads:
@@ -66,6 +66,7 @@ class Retention(RecurrentMixer):
     """
 
     ops = ("decay_attention",)
+    config_fields = ("num_heads", "value_size")
 
     def __init__(self, config: RetNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -102,7 +103,8 @@ class Retention(RecurrentMixer):
 
     def _rotation(self, position: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (b t k/2), of the angles of the next tokens after `position` (b)."""
-        dtype = state_dtype(x.dtype)
+        # In float32 an angle of a million tokens is off by several hundredths; Apple's GPUs have no float64.
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
         pairs = self.config.hidden_size // self.config.num_heads // 2
         frequency = 10000.0 ** -torch.linspace(0, 1, pairs, device=x.device, dtype=dtype)
         places = position[:, None] + torch.arange(x.shape[1], device=x.device)

@@ -23,6 +23,7 @@ class TransformerConfig(ZooConfig):
 
     model_type = "zoo_transformer"
     default_mixers = ("attention",)
+    sizes = (*ZooConfig.sizes, "num_attention_heads", "num_key_value_heads", "head_dim")
     base_model_tp_plan = {
         "layers.*.mixer.q_proj": "colwise",
         "layers.*.mixer.k_proj": "colwise",
@@ -42,11 +43,10 @@ class TransformerConfig(ZooConfig):
     max_position_embeddings: int = 2048
     rope_parameters: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def fill_defaults(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         if self.num_attention_heads % self.num_key_value_heads:

@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 import zoo
 
@@ -108,7 +109,7 @@ def test_gradients(oracle, model, tokens, renamed):
     (model(tokens).logits * weight).sum().backward()
     ours = dict(model.named_parameters())
     for name, parameter in oracle.named_parameters():
-        assert relative_error(ours[renamed(name)].grad, parameter.grad) <= 5 * TOLERANCE, name
+        assert relative_error(ours[renamed(name)].grad, parameter.grad) <= TOLERANCE, name
 
 
 def test_initialisation(oracle, renamed):
@@ -125,3 +126,14 @@ def test_initialisation(oracle, renamed):
         drawn = ours[renamed(name)]
         assert abs(drawn.std() - parameter.std()) <= 0.05 * parameter.std() + 1e-8, name
         assert abs(drawn.abs().max() - parameter.abs().max()) <= 0.25 * parameter.abs().max(), name
+
+
+@torch.no_grad()
+def test_far_from_the_start(model, tokens):
+    """Only distances count: 16 million tokens into a stream, the same tokens have the same logits."""
+    expected = model(tokens).logits
+    cache = DynamicCache(config=model.config)
+    for layer, block in zip(cache.layers, model.model.layers, strict=True):
+        matrix, position = block.mixer.initial_state(expected)
+        layer.write((matrix, position + 2**24), columns=0)
+    assert relative_error(model(tokens, past_key_values=cache).logits, expected) <= TOLERANCE

@@ -1,8 +1,8 @@
-"""Which form of an op runs: chosen by the tensor's device, named with its reason, never changed silently.
+"""Which form of an op runs: the choice has a name and a reason, and is never changed silently.
 
-An op's package lists its forms in `BACKENDS`, a mapping from a name in `NAMES` to a function. `choose` picks the first
-form of the device's order that the op has. `ZOO_KERNELS=reference` in the environment, or `use_backend("reference")`
-around a call, asks for one form by name; an op that lacks it raises.
+An op's package lists its forms in `BACKENDS`, a mapping from a name in `NAMES` to a function. `choose` picks the
+fastest that runs on the device; the forms there are so far run on any. `ZOO_KERNELS=reference` in the environment, or
+`use_backend("reference")` around a call, asks for one form by name; an op that lacks it raises.
 """
 
 import os
@@ -16,7 +16,7 @@ from zoo.errors import unknown_name
 
 NAMES = ("auto", "reference", "chunked")
 
-_ORDER = ("chunked", "reference")
+_FASTEST_FIRST = ("chunked", "reference")
 
 
 class Choice(NamedTuple):
@@ -32,12 +32,12 @@ def _checked(name: str) -> str:
     return name
 
 
-_requested = _checked(os.environ.get("ZOO_KERNELS", "auto"))
+_requested = os.environ.get("ZOO_KERNELS", "auto")  # checked where it is used: importing the zoo shall not fail
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op in the given form inside the block.
+    """Run every op in the given form inside the block, in all threads of the process.
 
     Raises:
         ValueError: on an unknown name here, or at an op that has no such form.
@@ -56,11 +56,11 @@ def choose(op: str, backends: Mapping[str, object], device: torch.device | str) 
     Raises:
         ValueError: if a form was asked for by name and `op` has none of that name.
     """
-    if _requested != "auto":
+    if _checked(_requested) != "auto":
         if _requested not in backends:
             raise ValueError(f"{op} has no {_requested!r} backend; it has {', '.join(backends)}")
         return Choice(_requested, "asked for by name")
-    for name in _ORDER:
+    for name in _FASTEST_FIRST:
         if name in backends:
-            return Choice(name, f"fastest form of {op} for {torch.device(device).type}")
+            return Choice(name, f"the fastest form of {op} there is for {torch.device(device).type}")
     raise AssertionError(f"{op} lists no backend")

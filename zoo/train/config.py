@@ -1,6 +1,7 @@
 """What a recipe may say: dataclasses, filled from a YAML file and then from `key=value` words, strictly."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,9 @@ class TrainSection:
     warmup_fraction: float = 0.05
     """Part of the steps that warm up."""
     weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    """Decay of AdamW's averages of the gradient and of its square."""
     max_grad_norm: float = 1.0
     sample_prompt: str = "def "
     """Beginning of the text that is generated at the end."""
@@ -69,8 +72,8 @@ def load_config(recipe: str, assignments: Sequence[str] = ()) -> TrainConfig:
         recipe: a YAML file, or its path on the recipes shelf (`tiny/retnet.yaml`, with or without `recipes/` in front).
 
     Raises:
-        FileNotFoundError: if there is no such recipe.
-        ValueError: on an unknown key, a value of the wrong type, or a missing one; the nearest known key is suggested.
+        ValueError: if there is no such recipe; on an unknown key, a missing one, or a value of the wrong type or out of
+            range. The nearest known name is suggested.
     """
     path = _find(recipe)
     try:
@@ -80,7 +83,10 @@ def load_config(recipe: str, assignments: Sequence[str] = ()) -> TrainConfig:
     for word in assignments:
         if "=" not in word:
             raise ValueError(f"{word!r} is no assignment; write it as key=value, for example train.seed=1")
-    from_words = OmegaConf.from_dotlist(list(assignments))
+    try:
+        from_words = OmegaConf.from_dotlist(list(assignments))
+    except Exception as error:  # the YAML library again, on a value
+        raise ValueError(f"a value of {' '.join(assignments)} is no valid YAML") from error
     for source, where in ((from_file, str(path)), (from_words, "the command line")):
         if not OmegaConf.is_dict(source):
             raise ValueError(f"{where} must hold sections with keys")
@@ -91,7 +97,8 @@ def load_config(recipe: str, assignments: Sequence[str] = ()) -> TrainConfig:
             raise ValueError(f"{path} must set {', '.join(sorted(missing))}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{error.full_key or path}: {reason}") from error
     _check_values(config)
     return config
 
@@ -114,7 +121,7 @@ def _find(recipe: str) -> Path:
     for name in (on_shelf, f"{on_shelf}.yaml"):
         if (shelf("recipes") / name).is_file():
             return shelf("recipes") / name
-    raise FileNotFoundError(unknown_name("recipe", on_shelf, list_recipes()))
+    raise unknown_name("recipe", on_shelf, list_recipes())
 
 
 def _check_keys(values: Any, section: type, where: str, prefix: str = "") -> None:
@@ -129,12 +136,23 @@ def _check_keys(values: Any, section: type, where: str, prefix: str = "") -> Non
 
 
 def _check_values(config: TrainConfig) -> None:
-    for name, value in (
-        ("data.sequence_length", config.data.sequence_length),
-        ("data.batch_size", config.data.batch_size),
-        ("train.save_every", config.train.save_every),
-        ("train.tokens", config.train.tokens),
-        ("train.learning_rate", config.train.learning_rate),
-    ):
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    data, train, below_one = config.data, config.train, math.nextafter(1, 0)
+    ranges = {  # lowest and highest value allowed
+        "data.vocab_size": (data.vocab_size, 257, math.inf),  # the bytes and the end of text
+        "data.sequence_length": (data.sequence_length, 2, math.inf),
+        "data.batch_size": (data.batch_size, 1, math.inf),
+        "train.tokens": (train.tokens, 1, 1e18),
+        "train.save_every": (train.save_every, 1, math.inf),
+        "train.learning_rate": (train.learning_rate, 0, 1e3),
+        "train.warmup_fraction": (train.warmup_fraction, 0, 1),
+        "train.weight_decay": (train.weight_decay, 0, math.inf),
+        "train.max_grad_norm": (train.max_grad_norm, 0, math.inf),
+        "train.beta1": (train.beta1, 0, below_one),
+        "train.beta2": (train.beta2, 0, below_one),
+    }
+    for name, (value, lowest, highest) in ranges.items():
+        if not lowest <= value <= highest:
+            raise ValueError(f"{name} must be from {lowest:g} to {highest:g}, got {value}")
+    for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if name in config.model.overrides:
+            raise ValueError(f"model.overrides.{name}: it follows from the tokenizer, see data.vocab_size")

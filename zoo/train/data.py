@@ -94,18 +94,25 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarr
     return np.concatenate(pieces)
 
 
-def batches(tokens: np.ndarray, length: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Rows of `length` tokens without end, (batch_size length): each pass goes through all rows once in a new order.
+def into_rows(tokens: np.ndarray, length: int, batch_size: int) -> Tensor:
+    """The tokens in rows of `length`, (rows length); an incomplete last row is left out.
 
     Raises:
-        ValueError: if the tokens do not fill one batch.
+        ValueError: if there are not enough rows for one batch.
     """
     rows = len(tokens) // length
     if rows < batch_size:
         raise ValueError(f"the corpus has {rows} rows of {length} tokens, a batch wants {batch_size}")
-    table = torch.from_numpy(tokens[: rows * length]).long().view(rows, length)
+    return torch.from_numpy(tokens[: rows * length]).long().view(rows, length)
+
+
+def batches(rows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Batches (batch_size length) of rows (rows length), without end.
+
+    Each pass takes the rows in a new order, none of them twice; those that do not fill a last batch wait for another.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(rows, generator=generator)
-        for start in range(0, rows - batch_size + 1, batch_size):
-            yield table[order[start : start + batch_size]]
+        order = torch.randperm(len(rows), generator=generator)
+        for start in range(0, len(rows) - batch_size + 1, batch_size):
+            yield rows[order[start : start + batch_size]]

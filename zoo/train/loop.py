@@ -2,28 +2,28 @@
 
 import json
 import math
-import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from textwrap import indent
 from typing import TextIO
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.evaluate import TextScore, score_text
 from zoo.registry import create_config, create_model
 from zoo.train.config import TrainConfig, to_yaml
-from zoo.train.data import batches, encode, read_corpus, train_tokenizer
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from zoo.train.data import Corpus, batches, encode, into_rows, read_corpus, train_tokenizer
 
 _SMOOTHING = 0.95  # of the loss in the progress bar and of the line in the plot
 
@@ -31,7 +31,7 @@ _SMOOTHING = 0.95  # of the loss in the progress bar and of the line in the plot
 def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, TextScore]:
     """Train a tokenizer and a model as the recipe says, and leave log, plot, checkpoints and figures in its output.
 
-    Ctrl-C saves a checkpoint of the step it comes in before it takes effect.
+    Ctrl-C saves a checkpoint of the steps done so far before it takes effect.
 
     Returns:
         The scores of the held-out texts, by name.
@@ -40,42 +40,60 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Te
         ValueError: if the output holds a run already, or the recipe does not fit the data.
         FloatingPointError: if the loss stops being finite; the last checkpoint is named.
     """
-    output = Path(config.train.output)
+    output = Path(config.train.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"train.output {output} is a file")
     if (output / "log.jsonl").exists():
         raise ValueError(f"{output} holds a run already: remove it, or choose another train.output")
     create_config(config.model.preset, **config.model.overrides)  # an error in it shall not wait for the data
-    if "vocab_size" in config.model.overrides:
-        raise ValueError("model.overrides.vocab_size: the vocabulary is the tokenizer's, set data.vocab_size")
     torch.manual_seed(config.train.seed)
     corpus = read_corpus(config.data.corpus)
     started = time.perf_counter()
     tokenizer = train_tokenizer(corpus.documents, config.data.vocab_size)
     tokens = encode(tokenizer, corpus.documents)
+    rows = into_rows(tokens, config.data.sequence_length, config.data.batch_size)
     say(
         f"corpus {config.data.corpus}: {len(corpus.documents)} documents, {len(tokens):,} tokens of a vocabulary of "
         f"{len(tokenizer):,} ({time.perf_counter() - started:.0f} s)"
     )
-    special = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model = create_model(config.model.preset, **special, **config.model.overrides)
+    model = create_model(
+        config.model.preset,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **config.model.overrides,
+    )
     say(f"{config.model.preset}: {model.num_parameters():,} parameters")
 
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(to_yaml(config))
-    _optimise(config, model, tokenizer, tokens, output)
+    _optimise(config, model, tokenizer, rows, output)
+    return _report(config, model, tokenizer, corpus, output, say)
 
+
+def _report(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    output: Path,
+    say: Callable[[str], None],
+) -> dict[str, TextScore]:
+    """Score the held-out texts, plot the losses, sample a text; say it and keep it in the output."""
     scores = {
         name: score_text(model, tokenizer, text, window=config.data.sequence_length)
         for name, text in corpus.held_out.items()
     }
     figures = {
         "held_out": {name: score._asdict() for name, score in scores.items()},
-        "corpus_sha256": corpus.sha256,
         "parameters": model.num_parameters(),
+        "corpus_sha256": corpus.sha256,
+        "seed": config.train.seed,
+        "device": str(model.device),
+        "torch": torch.__version__,
+        "zoo": version("sequence-zoo"),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
     (output / "held_out.json").write_text(json.dumps(figures, indent=2) + "\n")
     plot_loss(output / "log.jsonl", output / "loss.png", scores)
@@ -92,22 +110,22 @@ def _optimise(
     config: TrainConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tokens,
+    rows: Tensor,
     output: Path,
 ) -> None:
-    length, batch_size, settings = config.data.sequence_length, config.data.batch_size, config.train
-    steps = max(1, round(settings.tokens / (length * batch_size)))
-    optimiser = torch.optim.AdamW(
-        model.parameter_groups(settings.learning_rate, settings.weight_decay), betas=tuple(settings.betas), fused=True
-    )
+    batch_size, settings = config.data.batch_size, config.train
+    tokens_a_step = batch_size * rows.shape[1]
+    steps = max(1, round(settings.tokens / tokens_a_step))
+    groups = model.parameter_groups(settings.learning_rate, settings.weight_decay)
+    optimiser = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
     factor = _warmup_cosine(steps, settings.warmup_fraction)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    smooth, step = math.nan, 0
+    smooth, done = math.nan, 0
     model.train()
     with (
         (output / "log.jsonl").open("w") as log,
         tqdm(
-            total=steps * length * batch_size,
+            total=steps * tokens_a_step,
             desc=config.model.preset,
             unit="tok",
             unit_scale=True,
@@ -115,20 +133,20 @@ def _optimise(
         ) as bar,
     ):
         try:
-            for step, batch in zip(
-                range(1, steps + 1), batches(tokens, length, batch_size, settings.seed), strict=False
-            ):
+            for step, batch in zip(range(1, steps + 1), batches(rows, batch_size, settings.seed), strict=False):
                 started = time.perf_counter()
                 loss = model(batch, labels=batch).loss
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
                 if not (loss.isfinite() and norm.isfinite()):
+                    latest = output / "latest"
+                    kept = f"the last checkpoint is {latest.resolve()}" if latest.exists() else "none was saved yet"
                     raise FloatingPointError(
-                        f"loss {loss.item()} and gradient norm {norm.item()} at step {step}; the last checkpoint is "
-                        f"{os.path.realpath(output / 'latest')}"
+                        f"loss {loss.item()} and gradient norm {norm.item()} at step {step}; {kept}"
                     )
                 rate = settings.learning_rate * factor(step - 1)
                 optimiser.step()
+                done = step
                 schedule.step()
                 optimiser.zero_grad()
                 speed = batch.numel() / (time.perf_counter() - started)
@@ -139,13 +157,13 @@ def _optimise(
                 if step % settings.save_every == 0 and step < steps:
                     save_checkpoint(model, tokenizer, output, step)
         except KeyboardInterrupt:
-            save_checkpoint(model, tokenizer, output, step)
+            save_checkpoint(model, tokenizer, output, done)
             raise
-    save_checkpoint(model, tokenizer, output, step)
+    save_checkpoint(model, tokenizer, output, done)
 
 
 def _warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
-    """The factor of the learning rate at each step: linear from 0 to 1, then cosine to 0.1."""
+    """The factor of the learning rate at each step: linear up to 1 in the warm-up, then cosine to 0.1."""
     warmup = max(1, round(steps * warmup_fraction))
 
     def factor(step: int) -> float:
@@ -183,8 +201,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
     link.replace(output / "latest")
-    for old in output.glob("step-*"):
-        if old != folder:
+    for old in output.iterdir():
+        if re.fullmatch(r"step-\d{8}", old.name) and old != folder:
             shutil.rmtree(old)
     return folder
 
@@ -203,7 +221,8 @@ def plot_loss(log: Path, picture: Path, scores: dict[str, TextScore]) -> None:
     """The loss of each step, smoothed, with the held-out losses and the unigram entropies as lines."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, list(accumulate(losses, _smooth)), color="tab:blue", label="training loss")
     for (name, score), color in zip(scores.items(), ("tab:orange", "tab:green", "tab:red", "tab:purple"), strict=False):
@@ -211,6 +230,4 @@ def plot_loss(log: Path, picture: Path, scores: dict[str, TextScore]) -> None:
         axes.axhline(score.unigram_entropy, color=color, linestyle=":", linewidth=1, label=f"unigram entropy of {name}")
     axes.set(xlabel="step", ylabel="nats a token")
     axes.legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(picture, dpi=150)
-    plt.close(figure)

@@ -40,10 +40,10 @@ class Echo(RecurrentMixer):
         (zeros,) = super().initial_state(x)
         return (zeros + self.start,)
 
-    def scan_carried(self, x: Tensor, state, tokens: Tokens, carried):
+    def scan_shared(self, x: Tensor, state, tokens: Tokens, shared):
         (memory,) = state
         values = self.v_proj(x)
-        first = carried.get("first_values", values)
+        first = shared.get("first_values", values)
         if self.share is not None:
             values = values + (first - values) * self.share.sigmoid()
         keep, start = self.decay[0].sigmoid().to(memory.dtype), self.initial_state(x)[0]
@@ -56,7 +56,7 @@ class Echo(RecurrentMixer):
             memory = new if tokens.mask is None else torch.where(tokens.mask[:, t, None], new, memory)
             outputs.append(memory)
         y = torch.stack(outputs, dim=1).to(x.dtype)
-        return self.o_proj(y), (memory,), carried | {"first_values": first}
+        return self.o_proj(y), (memory,), shared | {"first_values": first}
 
     def reset_parameters(self):
         init.constant_(self.decay, 1.0)
@@ -80,10 +80,10 @@ class EchoPair(RecurrentMixer):
     def initial_state(self, x: Tensor):
         return self.left.initial_state(x) + self.right.initial_state(x)
 
-    def scan_carried(self, x: Tensor, state, tokens: Tokens, carried):
-        left, left_state, carried = self.left.scan_carried(x, state[:1], tokens, carried)
-        right, right_state, carried = self.right.scan_carried(x, state[1:], tokens, carried)
-        return left + right, left_state + right_state, carried
+    def scan_shared(self, x: Tensor, state, tokens: Tokens, shared):
+        left, left_state, shared = self.left.scan_shared(x, state[:1], tokens, shared)
+        right, right_state, shared = self.right.scan_shared(x, state[1:], tokens, shared)
+        return left + right, left_state + right_state, shared
 
 
 class RwkvMambaEchoModel(ZooModel):
@@ -98,7 +98,7 @@ class RwkvMambaEchoForCausalLM(ZooForCausalLM, GenerationMixin):
         return 30 * torch.tanh(super().compute_logits(hidden_states) / 30)
 
     def auxiliary_loss(self, outputs) -> Tensor:
-        return 1e-3 * outputs.last_hidden_state.float().pow(2).mean() if self.training else None
+        return 1e-3 * outputs.shared["first_values"].float().pow(2).mean() if self.training else None
 
 
 _, RwkvMambaEchoForSequenceClassification, RwkvMambaEchoForTokenClassification = heads_of(RwkvMambaEchoModel)

@@ -6,6 +6,8 @@ Retention of RetNet (Sun et al., 2023, arXiv:2307.08621, eq. 1-3) with a decay f
 (Katharopoulos et al., 2020, arXiv:2006.16236) with decay 1. The chunkwise form is eq. 7 of the RetNet paper.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -57,9 +59,15 @@ def decay_attention(
         log_decay = log_decay.masked_fill(padding, 0.0)
         q, k, v = (x.masked_fill(padding[..., None], 0.0) for x in (q, k, v))
     run = BACKENDS[choose("decay_attention", BACKENDS, q.device).backend]
-    with torch.autocast(q.device.type, enabled=False):  # products of the state stay in the state's precision
+    with _no_autocast(q.device.type):  # products of the state stay in the state's precision
         y, state = run(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, segments)
     return y.to(v.dtype), state
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,8 @@
 """Decayed linear attention in chunks: products inside a chunk, one state update a chunk (arXiv:2307.08621, eq. 7).
 
-Letters: b batch, h head, n chunk, c position in the chunk, d key, e value. With L_c the sum of the log-decays of the
-chunk up to and with position c, every exponent below is a difference that is at most 0, so nothing overflows.
+Letters: b batch, h head, n chunk, c position in the chunk, d key, e value. Every exponent is a sum of the log-decays
+between a write and a read, never a difference of two sums: so none is positive, none is lost to rounding, and a decay
+of 0 (a logarithm of minus infinity) is as good as any.
 """
 
 import torch
@@ -23,9 +24,12 @@ def decay_attention_chunked(
 
     chunk = min(CHUNK_SIZE, t)
     q, k, v = (_into_chunks(x, chunk) for x in (q, k, v))  # b h n c d|e
-    total = _into_chunks(log_decay[..., None], chunk).squeeze(-1).cumsum(-1)  # L: b|1 h n c
-    visible = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    reads_carry, writes_carry, keeps_carry = total.exp(), (total[..., -1:] - total).exp(), total[..., -1].exp()
+    log_decay = _into_chunks(log_decay[..., None], chunk).squeeze(-1)  # b|1 h n c
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril(-1)
+    between = torch.where(later, log_decay[..., :, None], 0).cumsum(-2)  # from write (last) to read: b|1 h n c c
+    visible = later | torch.eye(chunk, dtype=torch.bool, device=q.device)
+    since_start = log_decay.cumsum(-1)
+    reads_carry, writes_carry, keeps_carry = since_start.exp(), between[..., -1, :].exp(), since_start[..., -1].exp()
     if segments is not None:
         ids = torch.cat([segments, segments[:, -1:].expand(-1, -t % chunk)], dim=1)
         ids = ids.unflatten(1, (-1, chunk))[:, None]  # b 1 n c
@@ -36,7 +40,7 @@ def decay_attention_chunked(
         writes_carry = writes_carry * (ids == last[..., None])
         keeps_carry = keeps_carry * (last == carried)
 
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~visible, -torch.inf).exp()
+    decay = between.masked_fill(~visible, -torch.inf).exp()
     y = (q @ k.mT * decay) @ v
     writes = (k * writes_carry[..., None]).mT @ v  # b h n d e
 

@@ -258,6 +258,23 @@ def test_padding_in_a_continuation_gets_no_gradient(name, kind):
 
 @promise
 @torch.no_grad()
+def test_a_row_may_have_nothing_new(name):
+    """One row of a batch goes on while the other only has padding; positions are given, as `generate` gives them."""
+    model, tokens, rest = make(name), ids(2, 20), ids(2, 6, seed=1)
+    cache = model(tokens, use_cache=True).past_key_values
+    mask = torch.ones(2, 29, dtype=torch.long)
+    mask[1, 20:26] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    for part in (slice(20, 26), slice(26, 29)):
+        piece = torch.cat([rest, tokens[:, :3]], dim=1)[:, part.start - 20 : part.stop - 20]
+        options = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+        logits = model(piece, past_key_values=cache, **options).logits
+    assert_close(logits[:1], model(torch.cat([tokens, rest, tokens[:, :3]], dim=1)).logits[:1, -3:], "row 0")
+    assert_close(logits[1:], model(torch.cat([tokens, tokens[:, :3]], dim=1)).logits[1:, -3:], "row 1")
+
+
+@promise
+@torch.no_grad()
 def test_padding_token_by_token(name):
     """A single token may be padding too, as when one row of a batch has nothing to say."""
     model = make(name)
@@ -641,6 +658,8 @@ def test_generation_from_a_padded_batch(name):
     model = make(name, torch.float64)
     tokens, mask, rows = padded_rows("left", [50, 3, 31], 50)
     together = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=24)
+    chunked = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=24, prefill_chunk_size=7)
+    assert torch.equal(chunked, together)
     for row, real in enumerate(rows):
         assert torch.equal(together[row, 50:], without_cache(model, real, do_sample=False)[0, real.shape[1] :])
 

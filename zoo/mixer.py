@@ -53,7 +53,8 @@ class Tokens:
         b, t = self.mask.shape
         order = (~self.mask).int().sort(dim=1, stable=True).indices
         lengths = self.mask.sum(dim=1, keepdim=True)
-        moved = Tokens(self.positions, order=order, mask=torch.arange(t, device=order.device) < lengths)
+        mask = torch.arange(t, device=order.device) < lengths
+        moved = Tokens(self.positions, mask=mask, order=order, attention_options=self.attention_options)
         moved.positions = moved.gather(self.positions.expand(b, -1))
         if self.segments is not None:
             moved.segments = moved.gather(self.segments)

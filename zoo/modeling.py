@@ -174,9 +174,9 @@ class ZooModel(ZooPreTrainedModel):
         if x.shape[1] == 0:
             raise ValueError("there are no tokens to read: the sequences have length 0")
         self._check_cache(past_key_values, x.shape[0])
-        tokens = self._read_tokens(x, attention_mask, position_ids, past_key_values, kwargs)
-        if is_torchdynamo_compiling() and (past_key_values is not None or use_cache):
-            tokens.segments = None  # a graph cannot depend on values, and a row with a cache is one document
+        # A graph cannot depend on values: while compiling, rows may be packed unless a cache says that they are not.
+        may_be_packed = not (is_torchdynamo_compiling() and (past_key_values is not None or use_cache))
+        tokens = self._read_tokens(x, attention_mask, position_ids, past_key_values, may_be_packed, kwargs)
         is_packed = tokens.segments is not None
         if is_packed and (past_key_values is not None or use_cache):
             raise ValueError("position_ids pack several documents in a row, and a cache carries one: use_cache=False")
@@ -223,6 +223,7 @@ class ZooModel(ZooPreTrainedModel):
         attention_mask: Tensor | dict[str, Any] | None,
         position_ids: Tensor | None,
         cache: Cache | None,
+        may_be_packed: bool,
         options: dict[str, Any],
     ) -> Tokens:
         """Work out positions, padding and documents of a call, and the masks of the layers, once for all of them."""
@@ -244,7 +245,7 @@ class ZooModel(ZooPreTrainedModel):
         tokens = Tokens(positions, mask=mask, attention_options=options | {"position_ids": position_ids})
         if self.rotary is not None:
             tokens.rotary = self.rotary(x, positions)
-        if position_ids is not None and t > 1 and not made_by_generate:
+        if position_ids is not None and t > 1 and may_be_packed and not made_by_generate:
             tokens.segments = _find_segments(positions.expand(b, -1), mask)
             _check_continuation(tokens, padding, past)
         tokens.left_aligned = tokens.align_left()
@@ -299,9 +300,10 @@ def _check_continuation(tokens: Tokens, padding: Tensor | None, past: int | Tens
     """Raise if a row that has read tokens starts anew: a cache carries one document a row."""
     if is_torchdynamo_compiling() or not isinstance(past, int) or past == 0:
         return
-    has_past = tokens.positions.new_ones(1, dtype=torch.bool) if padding is None else padding[:, :past].any(dim=1)
-    first = tokens.align_left().positions[:, 0]
-    if (has_past & (first == 0)).any():
+    starts_anew = tokens.align_left().positions[:, 0] == 0
+    if padding is not None:  # rows that are all padding before, or now, have nothing to contradict
+        starts_anew = starts_anew & padding[:, :past].any(dim=1) & padding[:, past:].any(dim=1)
+    if starts_anew.any():
         raise ValueError("position_ids start a new document in a row whose cache holds another: use a new cache")
 
 

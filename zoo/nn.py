@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache
@@ -154,6 +155,14 @@ class SlidingWindowAttention(_GroupedQueries, RecurrentMixer):
     def state_shapes(cls, config: ZooConfig, layer_idx: int) -> dict:
         window = (config.num_key_value_heads, config.sliding_window - 1, config.head_dim)
         return {"keys": (window, None), "values": (window, None), "count": ((), torch.long)}
+
+    def initial_state(self, x: Tensor) -> State:
+        """An empty window, of the heads that are on this process: tensor parallelism shares them out."""
+        keys, values, count = super().initial_state(x)
+        weight = self.k_proj.weight
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        heads = local.shape[0] // self.config.head_dim
+        return keys[:, :heads], values[:, :heads], count
 
     def scan(self, x: Tensor, state: State, tokens: Tokens) -> tuple[Tensor, State]:
         past_k, past_v, count = state

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import pickle
 import re
 
 import pytest
@@ -782,6 +783,18 @@ def test_crop(name):
         cache.crop(0)
         with pytest.raises(RuntimeError, match="cannot roll back 65"):
             cache.crop(-65)
+
+
+@promise
+@torch.no_grad()
+def test_a_copied_cache_does_not_carry_the_model(name):
+    model, tokens = make(name), ids(1, 30)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(tokens[:, :20], past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    assert len(pickle.dumps(copied)) <= 2 * zoo.state_bytes(model.config, 20) + 10_000
+    assert_close(model(tokens[:, 20:], past_key_values=copied).logits, model(tokens).logits[:, 20:])
 
 
 @promise

@@ -212,6 +212,8 @@ def test_a_plugin_that_fails_to_import_is_reported_and_stays_out_of_the_way(with
     assert "echo-tiny" in done.stdout
     assert "retnet-tiny" in done.stdout
     assert "zoo plugin 'broken' (zoo_echo.broken) is left out" in done.stderr
+    assert "zoo plugin 'a_thief' (zoo_echo.thief) is left out" in done.stderr
+    assert "brings presets that 'retnet' has already: retnet-tiny" in done.stderr
     assert done.stderr.rstrip().endswith("ImportError: this plugin needs a library that is not there")
 
 

@@ -190,7 +190,7 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Back to the start of a sequence; a static layer keeps its buffers."""
         self.states = None
         self.is_initialized = False
-        self._records.clear()
+        self.forget()
         if self.is_static:
             self.cumulative_length.zero_()
         else:

@@ -75,18 +75,17 @@ _failures: dict[str, Exception] = {}
 
 
 def load_plugins() -> None:
-    """Find every plugin and register it. One that cannot be imported is reported and left out."""
+    """Find every plugin and register it, those in the tree first; one that fails is reported and left out."""
     from zoo import plugins as tree  # noqa: PLC0415 (plugins import zoo, which is complete only now)
 
     sources = {found.name: f"{tree.__name__}.{found.name}" for found in pkgutil.iter_modules(tree.__path__)}
-    for point in entry_points(group="zoo.plugins"):
+    for point in sorted(entry_points(group="zoo.plugins"), key=lambda point: point.name):
         if point.name in sources:
-            _leave_out(
-                point.name, point.value, ValueError(f"{sources[point.name]} has the name {point.name!r} already")
-            )
+            taken = ValueError(f"{sources[point.name]} has the name {point.name!r} already")
+            _leave_out(point.name, point.value, taken)
         else:
             sources[point.name] = point.value
-    for name, module in sorted(sources.items()):
+    for name, module in sources.items():
         try:
             register(name, importlib.import_module(module).PLUGIN)
         except Exception as error:  # whatever a foreign package raises, the rest of the zoo must work

@@ -1,147 +1,293 @@
-"""Every form of every op against its reference in float64: outputs, final state, gradients, at awkward lengths."""
+"""Every form of every op on every case, against the reference in float64: outputs, final state, all gradients.
+
+Each op lists its cases in `zoo/ops/<op>/cases.py`; a new op or case is tested without an edit here. Triton runs
+interpreted, on the same cases at fewer lengths, since the interpreter takes about a second a call.
+"""
+
+import importlib
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from zoo.ops.decay_attention import BACKENDS, decay_attention
-from zoo.ops.dispatch import choose, use_backend
+from zoo.ops.testing import (
+    TOLERANCE,
+    Case,
+    Draw,
+    assert_close,
+    differentiable,
+    flatten,
+    map_tensors,
+    op_names,
+    run_case,
+    split_case,
+    to_dtype,
+    worst_error,
+)
 
-LENGTHS = [1, 2, 63, 64, 65, 200]
-FAST = [name for name in BACKENDS if name != "reference"]
-TOLERANCE = 1e-10
-
-
-def inputs(t: int, b: int = 2, h: int = 3, d: int = 5, e: int = 7, log_decay_shape: str = "bth"):
-    """Random q, k, v, log-decays from 0 down to -60, and a state, all needing gradients."""
-    generator = torch.Generator().manual_seed(t)
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    shape = {"bth": (b, t, h), "h": (h,)}[log_decay_shape]
-    log_decay = -torch.rand(shape, dtype=torch.float64, generator=generator).pow(8) * 60
-    tensors = [draw(b, t, h, d), draw(b, t, h, d), draw(b, t, h, e), log_decay, draw(b, h, d, e)]
-    return [x.requires_grad_() for x in tensors]
-
-
-def run(backend: str, tensors, **kwargs):
-    """Outputs, final state and the gradients of a random function of both."""
-    with use_backend(backend):
-        y, state = decay_attention(*tensors, **kwargs)
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(x.shape, dtype=x.dtype, generator=generator) for x in (y, state)]
-    gradients = torch.autograd.grad((y * weights[0]).sum() + (state * weights[1]).sum(), tensors)
-    return [y, state, *gradients]
+LENGTHS = (1, 2, 63, 64, 65, 200)
+ROWS = 3
+CASES = [(op, case) for op in op_names() for case in importlib.import_module(f"zoo.ops.{op}.cases").CASES]
 
 
-def assert_equal(actual, expected):
-    for index, (x, reference) in enumerate(zip(actual, expected, strict=True)):
-        error = (x - reference).abs().max() / reference.abs().max().clamp(min=1e-30)
-        assert error <= TOLERANCE, f"result {index}: {error:.1e}"
+def forms_of(op: str) -> tuple[str, ...]:
+    return importlib.import_module(f"zoo.ops.{op}").OP.forms
 
 
-def random_mask(t: int) -> torch.Tensor:
-    return torch.rand(2, t, generator=torch.Generator().manual_seed(t)) < 0.7
+def each(*skip: str):
+    """Parametrise a test by op, case and form, without the forms named."""
+    values = [
+        pytest.param(op, case, form, id=f"{op}-{case.name}-{form}")
+        for op, case in CASES
+        for form in forms_of(op)
+        if form not in skip
+    ]
+    return pytest.mark.parametrize(("op", "case", "form"), values)
 
 
-def random_segments(t: int) -> torch.Tensor:
-    return (torch.rand(2, t, generator=torch.Generator().manual_seed(t)) < 0.1).cumsum(1)
+def dtype_of(form: str) -> torch.dtype:
+    """The highest precision a form computes in."""
+    return torch.float32 if form == "triton" else torch.float64
 
 
-@pytest.mark.parametrize("backend", FAST)
+def draw_packing(t: int) -> dict[str, dict[str, torch.Tensor]]:
+    draw = Draw(1000 + t)
+    mask, segments = draw.mask(ROWS, t), draw.segments(ROWS, t)
+    return {
+        "plain": {},
+        "mask": {"mask": mask},
+        "segments": {"segments": segments},
+        "both": {"mask": mask, "segments": segments},
+    }
+
+
+def assert_equals_reference(case: Case, form: str, t: int, dtype: torch.dtype, packings=None) -> None:
+    inputs = case.draw(Draw(t), t)
+    for name, packing in draw_packing(t).items():
+        if packings is None or name in packings:
+            for kind, error in worst_error(case, inputs, form, dtype, **packing).items():
+                assert error <= TOLERANCE[dtype], f"{name}, {kind}: {error:.1e}"
+
+
 @pytest.mark.parametrize("t", LENGTHS)
-@pytest.mark.parametrize("log_decay_shape", ["bth", "h"])
-def test_equals_reference(backend, t, log_decay_shape):
-    tensors = inputs(t, log_decay_shape=log_decay_shape)
-    for kwargs in (
-        {},
-        {"mask": random_mask(t)},
-        {"segments": random_segments(t)},
-        {"mask": random_mask(t), "segments": random_segments(t)},
-    ):
-        assert_equal(run(backend, tensors, **kwargs), run("reference", tensors, **kwargs))
+@each("reference", "triton")
+def test_equals_reference(op, case, form, t):
+    assert_equals_reference(case, form, t, torch.float64)
+    assert_equals_reference(case, form, t, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("t", [1, 2, 17])
+@each("reference", "chunked", "native")
+def test_triton_equals_reference(op, case, form, t):
+    """Interpreted kernels take chunks of 16 tokens."""
+    assert_equals_reference(case, form, t, torch.float32, packings=("both",) if t > 2 else ("plain", "both"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("t", [63, 64, 65, 200])
+@each("reference", "chunked", "native")
+def test_triton_equals_reference_at_length(op, case, form, t):
+    assert_equals_reference(case, form, t, torch.float32, packings=("both",))
+
+
+@each("reference")
+def test_low_precision_inputs(op, case, form):
+    """bfloat16 inputs: the state stays in float32, and the result is that of the rounded inputs, nearly."""
+    assert_equals_reference(case, form, 17 if form == "triton" else 65, torch.bfloat16, packings=("plain",))
+    inputs = to_dtype(case.draw(Draw(0), 3), torch.bfloat16)
+    _, *state = run_case(case, inputs, form)["outputs"]
+    assert {x.dtype for x in state} <= {torch.float32, torch.complex64, torch.long}
+
+
 @pytest.mark.parametrize("split", [1, 30, 64, 65, 199])
-def test_split_and_carry(backend, split):
-    tensors = inputs(200)
-    segments = random_segments(200)
-    q, k, v, log_decay, state = tensors
-    with use_backend(backend):
-        y, end = decay_attention(q, k, v, log_decay, state, segments=segments)
-        parts = []
-        cuts = [(slice(0, split), None), (slice(split, 200), segments[:, split] != segments[:, split - 1])]
-        for part, starts_anew in cuts:
-            if starts_anew is not None:  # the border between two calls is the caller's to watch
-                state = state.masked_fill(starts_anew[:, None, None, None], 0.0)
-            piece, state = decay_attention(
-                q[:, part], k[:, part], v[:, part], log_decay[:, part], state, segments=segments[:, part]
-            )
-            parts.append(piece)
-    assert_equal([torch.cat(parts, dim=1), state], [y, end])
+@each("triton")
+def test_split_and_carry(op, case, form, split):
+    """A sequence cut into two calls, the second from the state of the first."""
+    assert_splits(case, form, split, 200)
 
 
-def test_padding_is_not_read():
-    """What stands at padding, NaN included, reaches neither outputs of real tokens, nor the state, nor gradients."""
-    q, k, v, log_decay, state = inputs(70)
-    mask = random_mask(70)
-    expected, end = decay_attention(q, k, v, log_decay, state, mask=mask)
-    dirty = [x.masked_fill(~mask[..., None, None], torch.nan) for x in (q, k, v)]
-    y, dirty_end = decay_attention(*dirty, log_decay, state, mask=mask)
-    assert torch.equal(dirty_end, end)
-    assert torch.equal(y[mask], expected[mask])
-    gradients = torch.autograd.grad(y[mask].sum(), (k, v))
-    assert all((x[~mask] == 0).all() and x.isfinite().all() for x in gradients)
+@each("reference", "chunked", "native")
+def test_triton_split_and_carry(op, case, form):
+    assert_splits(case, form, 17, 21)
 
 
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("jump", [-1e3, -1e6, -torch.inf])
-def test_sudden_decays_in_float32(backend, jump):
-    """Now and then all is forgotten, in between next to nothing: float32 is as near to float64 as the reference is."""
-    q, k, v, _, state = (x.detach() for x in inputs(300))
-    log_decay = torch.full((2, 300, 3), -1e-2, dtype=torch.float64)
-    log_decay[:, ::37] = jump
-    with use_backend("reference"):
-        expected = decay_attention(q, k, v, log_decay, state)[0]
-    with use_backend(backend):
-        y = decay_attention(*(x.float() for x in (q, k, v, log_decay, state)))[0]
-    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+def assert_splits(case: Case, form: str, split: int, t: int) -> None:
+    if not case.splits:
+        return
+    dtype = dtype_of(form)
+    inputs = to_dtype(case.draw(Draw(t), t), dtype)
+    head, tail = split_case(case, inputs, split)
+    with torch.no_grad():
+        y, state = case.call(inputs, form)
+        first, carried = case.call(head, form)
+        second, end = case.call(tail | {"state": carried}, form)
+    for actual, expected in zip([torch.cat([first, second], 1), *flatten(end)], [y, *flatten(state)], strict=True):
+        assert_close(actual, expected, TOLERANCE[dtype])
 
 
-def test_reference_gradients():
-    tensors = inputs(5, b=1, h=2, d=2, e=3)
-    with use_backend("reference"):
-        assert gradcheck(lambda *x: decay_attention(*x, segments=torch.tensor([[0, 0, 1, 1, 1]])), tensors)
+@each("triton")
+def test_padding_is_not_read(op, case, form):
+    assert_padding_is_not_read(case, form, 70)
 
 
-def test_low_precision_inputs_keep_a_float32_state():
-    tensors = [x.detach().bfloat16() for x in inputs(70)[:4]]
-    y, state = decay_attention(*tensors, torch.zeros(2, 3, 5, 7))
-    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+@each("reference", "chunked", "native")
+def test_triton_does_not_read_padding(op, case, form):
+    assert_padding_is_not_read(case, form, 5)
 
 
-def test_autocast_does_not_reach_the_state():
-    tensors = [x.detach().float() for x in inputs(70)]
-    expected = decay_attention(*tensors)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, state = decay_attention(*tensors)
-    assert torch.equal(y, expected[0])
-    assert torch.equal(state, expected[1])
+def assert_padding_is_not_read(case: Case, form: str, t: int) -> None:
+    """What stands at padding, NaN and ids included, reaches no output, state or gradient, and gets no gradient."""
+    inputs = to_dtype(case.draw(Draw(t), t), dtype_of(form))
+    mask, segments = Draw(t).mask(ROWS, t), Draw(t + 1).segments(ROWS, t)
+
+    def poison(x: torch.Tensor) -> torch.Tensor:
+        padding = ~mask.reshape(*mask.shape, *[1] * (x.dim() - 2))
+        return x.masked_fill(padding, torch.nan) if x.shape[:2] == mask.shape else x
+
+    dirty = {name: poison(x) if name in case.sequences else x for name, x in inputs.items()}
+    clean = run_case(case, inputs, form, mask, segments)
+    poisoned = run_case(case, dirty, form, mask, segments.masked_fill(~mask, 77))
+    for kind in clean:
+        for x, y in zip(clean[kind], poisoned[kind], strict=True):
+            assert torch.equal(x, y), kind
+    if case.sequences:
+        assert (clean["outputs"][0][~mask] == 0).all()
+    names = [name for name, x in dirty.items() for leaf in flatten(x) if differentiable(leaf)]
+    for name, gradient in zip(names, poisoned["gradients"], strict=True):
+        if name in case.sequences and gradient.shape[:2] == mask.shape:
+            assert (gradient[~mask] == 0).all(), name
 
 
-def test_shapes_that_do_not_agree_are_refused():
-    q, k, v, log_decay, state = inputs(4)
-    with pytest.raises(ValueError, match=r"state \(2, 3, 7, 5\)"):
-        decay_attention(q, k, v, log_decay, state.mT)
+@each("reference", "chunked")
+def test_every_output_is_written(op, case, form):
+    """Memory that a kernel is given is full of NaN; nothing of that is left in outputs, state and gradients."""
+    t = 17 if form == "triton" else 70
+    inputs, packing = to_dtype(case.draw(Draw(t), t), torch.float32), draw_packing(t)["both"]
+    expected = run_case(case, inputs, form, **packing)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory
+    try:
+        assert torch.empty(3).isnan().all()
+        actual = run_case(case, inputs, form, **packing)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for kind in expected:
+        for x, y in zip(actual[kind], expected[kind], strict=True):
+            assert torch.equal(x, y), kind
 
 
-def test_dispatch_says_what_it_does():
-    assert choose("decay_attention", BACKENDS, "cpu").backend == "chunked"
-    with use_backend("reference"):
-        assert choose("decay_attention", BACKENDS, "cpu") == ("reference", "asked for by name")
-        with pytest.raises(ValueError, match="'reference'"):
-            choose("other", {"chunked": None}, "cpu")
-    with pytest.raises(ValueError, match="did you mean chunked"), use_backend("chunkd"):
-        pass
+@pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.name}") for op, case in CASES])
+def test_reference_gradients(op, case):
+    """The gradients that all forms are compared with are those of finite differences."""
+    inputs = case.draw(Draw(5, small=True), 5)
+    inputs = {name: map_tensors(lambda x: x.requires_grad_(differentiable(x)), x) for name, x in inputs.items()}
+    segments = torch.tensor([[0, 0, 1, 1, 1]]).expand(ROWS, -1)
+    if case.gauge and inputs["state"] is not None:  # which has no gradient
+        inputs["state"] = (*inputs["state"][:-1], inputs["state"][-1].detach())
+    leaves = [x for x in flatten(inputs) if x.requires_grad]
+
+    def run(*_):
+        results = flatten(case.call(inputs, "reference", segments=segments))
+        return [x for x in results[: 1 if case.gauge else None] if x.requires_grad]
+
+    assert gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@each("reference", "triton")
+def test_random_shapes(op, case, form, seed):
+    """Sizes from 1 up, of which hardly any is a power of two, and lengths to match."""
+    draw = Draw(seed, random_sizes=True)
+    t = draw.size(100)
+    inputs = case.draw(draw, t)
+    packing = {"mask": draw.mask(ROWS, t), "segments": draw.segments(ROWS, t)}
+    for error in worst_error(case, inputs, form, torch.float64, **packing).values():
+        assert error <= TOLERANCE[torch.float64]
+
+
+@each("reference", "chunked", "triton")
+def test_threads_do_not_change_the_result(op, case, form):
+    inputs = to_dtype(case.draw(Draw(3), 70), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(run_case(case, inputs, form))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for kind in other:
+            assert all(torch.equal(x, y) for x, y in zip(other[kind], results[0][kind], strict=True)), kind
+
+
+@each("reference", "chunked")
+def test_operator_is_well_behaved(op, case, form):
+    """PyTorch's own checks of a custom operator: schema, fake tensors, autograd, tracing."""
+    inputs = to_dtype(case.draw(Draw(3, small=True), 6), torch.float32)
+    inputs = {name: map_tensors(lambda x: x.requires_grad_(differentiable(x)), x) for name, x in inputs.items()}
+    packing = draw_packing(6)["both"]
+    for arguments in recorded_operator_calls(op, lambda: case.call(inputs, form, **packing)):
+        arguments = [
+            x.detach().requires_grad_(differentiable(x)) if isinstance(x, torch.Tensor) else x for x in arguments
+        ]
+        torch.library.opcheck(getattr(torch.ops.zoo, op).default, arguments)
+
+
+def recorded_operator_calls(op: str, run) -> list[tuple]:
+    """The arguments that `torch.ops.zoo.<op>` is called with."""
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        calls: list[tuple] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is getattr(torch.ops.zoo, op).default:
+                self.calls.append(args)
+            return function(*args, **(kwargs or {}))
+
+    with Record() as record:
+        run()
+    assert record.calls, f"torch.ops.zoo.{op} was not called"
+    return record.calls
+
+
+@pytest.mark.parametrize("form", ["chunked", "native"])
+@pytest.mark.parametrize("op", op_names())
+def test_compiles_into_one_graph(op, form):
+    if form not in forms_of(op):
+        form = "chunked"
+    case = importlib.import_module(f"zoo.ops.{op}.cases").CASES[0]
+    inputs = to_dtype(case.draw(Draw(3), 33), torch.float32)
+    expected = run_case(case, inputs, form)
+    compiled = torch.compile(case.run, fullgraph=True, dynamic=False)
+    actual = run_case(case.with_run(compiled), inputs, form)
+    for kind in expected:
+        for x, y in zip(actual[kind], expected[kind], strict=True):
+            assert_close(x, y, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.name}") for op, case in CASES])
+def test_wrong_inputs_are_refused(op, case):
+    """A size that does not agree, or a tensor elsewhere, is an error that names it, in every form."""
+    inputs = to_dtype(case.draw(Draw(3), 6), torch.float32)
+    for form in forms_of(op):
+        for name, x in inputs.items():
+            first = flatten(x)[0] if x is not None else None
+            if first is None or not differentiable(first):
+                continue
+
+            def spoil(change, name=name, x=x):
+                spoilt = (change(x[0]), *x[1:]) if isinstance(x, tuple) else change(x)
+                return inputs | {name: spoilt}
+
+            with pytest.raises(ValueError, match=op.split("_")[0]):
+                case.call(spoil(lambda x: torch.cat([x, x], dim=-1)), form)
+            with pytest.raises(ValueError, match=op.split("_")[0]):
+                case.call(spoil(lambda x: x[None]), form)
+            with pytest.raises(ValueError, match="device"):
+                case.call(spoil(lambda x: x.to("meta")), form)
+        if op == "linear_cross_entropy":  # whose padding is a matter of labels
+            continue
+        mask = torch.ones(ROWS, 6, dtype=torch.bool)
+        for packing in ({"mask": mask[:, 1:]}, {"mask": mask.int()}, {"segments": mask.long()[1:]}):
+            with pytest.raises(ValueError, match=next(iter(packing))):
+                case.call(inputs, form, **packing)

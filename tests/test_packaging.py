@@ -40,7 +40,10 @@ def test_wheel(wheel, tmp_path):
     """Installed where the checkout cannot be seen, it finds everything; site-packages gets one name."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zoo"}
-    assert not [name for name in names if "test" in name or name.endswith(".pyc")]
+    assert not [name for name in names if "tests/" in name or name.endswith((".pyc", ".so"))]
+    kernels = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("zoo/ops/**/native.*")}
+    assert kernels
+    assert kernels <= set(names)
     pip("install", "--quiet", "--no-deps", "--target", tmp_path, wheel)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + _LOOK
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)

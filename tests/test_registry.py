@@ -115,11 +115,17 @@ def test_foreign_models_are_refused():
 def test_kernel_report():
     model = zoo.create_model("transformer-sliding-tiny")
     rows = zoo.kernel_report(model)
-    assert [row.layer for row in rows] == [f"model.layers.{i}.mixer" for i in range(4)]
-    assert {(row.op, row.backend) for row in rows} == {("attention", "sdpa")}
+    assert [row.module for row in rows if row.op == "attention"] == [f"model.layers.{i}.mixer" for i in range(4)]
+    assert {(row.op, row.backend) for row in rows} == {
+        ("attention", "sdpa"),
+        ("rms_norm", "torch"),
+        ("swiglu", "torch"),
+    }
     rows = zoo.kernel_report(zoo.create_model("retnet-tiny"))
-    assert {(row.op, row.backend) for row in rows} == {("decay_attention", "chunked")}
+    assert {(row.op, row.backend) for row in rows} == {("decay_attention", "native"), ("rms_norm", "torch")}
     assert all("cpu" in row.why for row in rows)
+    rows = zoo.kernel_report(zoo.create_model("retnet-tiny", kernels="reference"))
+    assert {row.backend for row in rows if row.op == "decay_attention"} == {"reference"}
 
 
 def test_tokens_move_between_devices():

@@ -1,6 +1,6 @@
 """The configuration fields that every model of the zoo shares; a plugin's config adds only its own."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 
 from zoo import registry
 from zoo.errors import unknown_name
+from zoo.ops.dispatch import NAMES as KERNELS
 
 
 @strict
@@ -28,6 +29,8 @@ class ZooConfig(PreTrainedConfig):
         use_cache: whether evaluation returns a cache unless told otherwise.
         tie_word_embeddings: whether the head shares the embedding's weights.
         pad_token_id, bos_token_id, eos_token_id: ids of the special tokens, if there are any.
+        kernels: which form of each op runs, a name of `zoo.ops.dispatch.NAMES`: `auto` the fastest, `require` the
+            kernels made for the device or an error. As `attn_implementation` it is not saved with a model.
 
     A field with a default that depends on others is None until `fill_defaults`, which a subclass extends. From `mixers`
     follows `layer_types`, which cache layer and mask each layer takes.
@@ -51,6 +54,7 @@ class ZooConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    kernels: str = "auto"
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
@@ -59,6 +63,8 @@ class ZooConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be positive, got {size}")
         if self.hidden_act not in ACT2FN:
             raise unknown_name("activation", self.hidden_act, ACT2FN)
+        if self.kernels not in KERNELS:
+            raise unknown_name("kernel backend", self.kernels, KERNELS)
         self.fill_defaults()
         self.settle_layers()
         super().__post_init__(**kwargs)
@@ -79,6 +85,11 @@ class ZooConfig(PreTrainedConfig):
                     f"mixer {name!r} needs {', '.join(missing)}, which {type(self).__name__} does not have"
                 )
         self.layer_types = [registry.find_mixer(name).layer_type for name in self.mixers]
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        fields.pop("kernels", None)  # a choice of this machine, not of the model
+        return fields
 
     def fill_defaults(self) -> None:
         """Fill the fields that are None from others."""

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zoo import registry
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer
-from zoo.ops.dispatch import choose
+from zoo.ops.dispatch import Choice, choose
+from zoo.ops.liger import LIGER_OPS, choose_liger
 
 
 def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torch.dtype | None = None) -> int:
@@ -67,35 +68,38 @@ def summarize(name: str) -> ModelSummary:
 
 
 class KernelUse(NamedTuple):
-    """Which form of an op a layer of a model runs, and why."""
+    """Which form of an op a module of a model runs, and why."""
 
-    layer: str
-    mixer: str
+    module: str
+    kind: str
     op: str
     backend: str
     why: str
 
 
 def kernel_report(model: PreTrainedModel) -> list[KernelUse]:
-    """One row for each op of each layer of a zoo model, for the device the model is on.
+    """One row for each op of each module of a zoo model (mixers, norms, gates), for the device the model is on.
 
     Raises:
         ValueError: if the model has no layer of the zoo.
     """
     if not any(isinstance(module, Mixer) for module in model.modules()):
         raise ValueError(f"kernel_report knows the models of the zoo, not {type(model).__name__}")
-    rows = []
-    for name, module in model.named_modules():
-        if not isinstance(module, Mixer):
-            continue
-        for op in module.ops:
-            if op == "attention":
-                backend, why = model.config._attn_implementation, "transformers' attn_implementation"
-            else:
-                backends = importlib.import_module(f"zoo.ops.{op}").BACKENDS
-                backend, why = choose(op, backends, model.device)
-            rows.append(KernelUse(name, type(module).__name__, op, backend, why))
-    return rows
+    return [
+        KernelUse(name, type(module).__name__, op, *_choice(op, model))
+        for name, module in model.named_modules()
+        for op in getattr(module, "ops", ())
+    ]
+
+
+def _choice(op: str, model: PreTrainedModel) -> Choice:
+    if op == "attention":
+        return Choice(model.config._attn_implementation, "transformers' attn_implementation")
+    if op in LIGER_OPS:
+        return choose_liger(model.device)
+    forms = importlib.import_module(f"zoo.ops.{op}").OP.forms
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return choose(op, forms, model.device, dtype, model.config.kernels)
 
 
 def architecture_table() -> list[str]:

@@ -17,6 +17,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
+from zoo.ops.liger import rms_norm, swiglu
+
+
+class RMSNorm(nn.RMSNorm):
+    """The root-mean-square norm over the last dimension (arXiv:1910.07467), with Liger-Kernel's form on GPUs."""
+
+    ops = ("rms_norm",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -28,9 +38,12 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
+        self.is_swiglu = config.hidden_act in ("silu", "swish")
+        self.ops = ("swiglu",) if self.is_swiglu else ()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if self.is_swiglu else self.act(gate) * up)
 
 
 # -- rotations ---------------------------------------------------------------------------------------------------------

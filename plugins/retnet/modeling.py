@@ -91,7 +91,9 @@ class Retention(RecurrentMixer):
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = self._rotation(position, x)
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k * k.shape[-1] ** -0.5, cos, sin)
-        y, matrix = decay_attention(q, k, v, self._log_decay(matrix), matrix, tokens.mask, tokens.segments)
+        y, matrix = decay_attention(
+            *(q, k, v, self._log_decay(matrix), matrix, tokens.mask, tokens.segments), kernels=self.config.kernels
+        )
         y = F.rms_norm(y, y.shape[-1:], eps=self.config.rms_norm_eps).flatten(-2)
         length = x.shape[1] if tokens.mask is None else tokens.mask.sum(dim=1)
         return self.o_proj(F.silu(self.g_proj(x)) * y), (matrix, position + length)

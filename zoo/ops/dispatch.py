@@ -1,22 +1,34 @@
 """Which form of an op runs: the choice has a name and a reason, and is never changed silently.
 
-An op's package lists its forms in `BACKENDS`, a mapping from a name in `NAMES` to a function. `choose` picks the
-fastest that runs on the device; the forms there are so far run on any. `ZOO_KERNELS=reference` in the environment, or
-`use_backend("reference")` around a call, asks for one form by name; an op that lacks it raises.
+    reference   the equation, one step after the other, in PyTorch
+    chunked     PyTorch in large products: any device
+    native      C++, built on first use: CPUs
+    triton      Triton: GPUs (and CPUs under TRITON_INTERPRET=1, to test it)
+
+`auto` takes the fastest that runs on the device; where that is not the one meant for the device, `kernel_report` says
+why. `require` takes the one meant for the device or raises. `ZOO_KERNELS=chunked` in the environment, or
+`use_backend("chunked")` around a call, asks for one form by name: an op that lacks it, or cannot run it there, raises.
 """
 
+import csv
+import functools
+import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
 from zoo.errors import unknown_name
+from zoo.layout import shelf
+from zoo.ops import native
 
-NAMES = ("auto", "reference", "chunked")
+FORMS = ("reference", "chunked", "native", "triton")
+NAMES = ("auto", "require", *FORMS)
 
-_FASTEST_FIRST = ("chunked", "reference")
+KERNEL_FOR = {"cpu": "native", "cuda": "triton"}
+"""By type of device, the form made for it."""
 
 
 class Choice(NamedTuple):
@@ -35,12 +47,21 @@ def _checked(name: str) -> str:
 _requested = os.environ.get("ZOO_KERNELS", "auto")  # checked where it is used: importing the zoo shall not fail
 
 
+def requested() -> str:
+    """What `use_backend` or else the environment asks for, a name in `NAMES`.
+
+    Raises:
+        ValueError: if the environment asks for an unknown name.
+    """
+    return _checked(_requested)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op in the given form inside the block, in all threads of the process.
 
     Raises:
-        ValueError: on an unknown name here, or at an op that has no such form.
+        ValueError: on an unknown name here, or at an op that has no such form or cannot run it.
     """
     global _requested
     before, _requested = _requested, _checked(name)
@@ -50,17 +71,90 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = before
 
 
-def choose(op: str, backends: Mapping[str, object], device: torch.device | str) -> Choice:
+def choose(
+    op: str,
+    forms: tuple[str, ...],
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "auto",
+) -> Choice:
     """Pick the form of `op` for tensors on `device`.
 
+    Args:
+        op: name of the op.
+        forms: the forms that it has.
+        device: where its tensors are.
+        dtype: what it computes in: float32, float64 or complex64, complex128.
+        kernels: what the caller asks for; what `use_backend` or the environment ask for goes before it.
+
     Raises:
-        ValueError: if a form was asked for by name and `op` has none of that name.
+        ValueError: if a form was asked for by name and cannot run, or `require` cannot be met. It says why.
     """
-    if _checked(_requested) != "auto":
-        if _requested not in backends:
-            raise ValueError(f"{op} has no {_requested!r} backend; it has {', '.join(backends)}")
-        return Choice(_requested, "asked for by name")
-    for name in _FASTEST_FIRST:
-        if name in backends:
-            return Choice(name, f"the fastest form of {op} there is for {torch.device(device).type}")
-    raise AssertionError(f"{op} lists no backend")
+    name = _checked(kernels) if requested() == "auto" else requested()
+    return _choose(op, tuple(forms), torch.device(device).type, str(dtype), name)
+
+
+@torch.compiler.assume_constant_result  # a compiled graph depends on the arguments only, and is told of each
+def _choose(op: str, forms: tuple[str, ...], device: str, dtype: str, requested: str) -> Choice:
+    return _choose_once(op, forms, device, dtype, requested)
+
+
+@functools.cache
+def _choose_once(op: str, forms: tuple[str, ...], device: str, dtype: str, requested: str) -> Choice:
+    if requested in FORMS:
+        if requested not in forms:
+            raise ValueError(f"{op} has no {requested!r} backend; it has {', '.join(forms)}")
+        if obstacle := _obstacle(op, requested, device, dtype):
+            raise ValueError(f"{op} cannot run its {requested!r} backend: {obstacle}")
+        return Choice(requested, "asked for by name")
+    meant, reason = KERNEL_FOR.get(device), f"{op} has no kernel for {device}"
+    if meant in forms:
+        reason = _obstacle(op, meant, device, dtype)
+        if reason is None:
+            return Choice(meant, f"the kernel of {op} for {device}")
+    if requested == "require":
+        raise ValueError(f"kernels='require', but {reason}; kernels='auto' would run 'chunked'")
+    return Choice("chunked", reason)
+
+
+def _obstacle(op: str, form: str, device: str, dtype: str) -> str | None:
+    """Why a form cannot run, or None."""
+    if form == "native":
+        return f"C++ runs on a CPU, not on {device}" if device != "cpu" else native.obstacle(op)
+    if form == "triton":
+        return _obstacle_to_triton(op, device, dtype)
+    return None
+
+
+def _obstacle_to_triton(op: str, device: str, dtype: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "Triton runs on a GPU, or on a CPU under TRITON_INTERPRET=1"
+    if device != "cuda":
+        return f"Triton does not run on {device}"
+    if dtype in ("torch.float64", "torch.complex128"):
+        return f"the Triton kernels compute in float32, not {dtype.removeprefix('torch.')}"
+    target = gpu_target()
+    if (op, target) in targets_listed_as_chunked():
+        return f"evals/results/kernels_aot.csv lists {op} on {target} as chunked"
+    return None
+
+
+def gpu_target() -> str:
+    """The architecture of the current GPU, as `sm_90` or `gfx942`."""
+    properties = torch.cuda.get_device_properties()
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def targets_listed_as_chunked() -> frozenset[tuple[str, str]]:
+    """The (op, target) for which the kernels, compiled ahead of time, did not come out as they should."""
+    path = shelf("evals") / "results" / "kernels_aot.csv"
+    if not path.is_file():
+        return frozenset()
+    with path.open(newline="") as lines:
+        return frozenset((row["op"], row["target"]) for row in csv.DictReader(lines) if row["verdict"] == "chunked")

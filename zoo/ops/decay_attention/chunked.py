@@ -1,58 +1,94 @@
 """Decayed linear attention in chunks: products inside a chunk, one state update a chunk (arXiv:2307.08621, eq. 7).
 
-Letters: b batch, h head, n chunk, c position in the chunk, d key, e value. Every exponent is a sum of the log-decays
-between a write and a read, never a difference of two sums: so none is positive, none is lost to rounding, and a decay
-of 0 (a logarithm of minus infinity) is as good as any.
+Letters: b batch, h head, n chunk, c position in the chunk, d key, e value.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops.decay import SUB_CHUNK_SIZE, decayed_scores, from_chunks, into_chunks, since_start, until_end
+
 CHUNK_SIZE = 64
 
 
 def decay_attention_chunked(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, segments: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """q, k (b t h d), v (b t h e), log_decay (b|1 t h), state (b h d e), segments (b t) -> y (b t h e), state."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    bonus: Tensor | None,
+    normalizer: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments are those of the op."""
     t = q.shape[1]
     if t == 1:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # b h 1 d|e
-        state = log_decay.exp().squeeze(1)[..., None, None] * state + k.mT * v
-        return (q @ state).transpose(1, 2), state
+        return _step(q, k, v, log_decay, state, bonus, normalizer, starts)
 
-    chunk = min(CHUNK_SIZE, t)
-    q, k, v = (_into_chunks(x, chunk) for x in (q, k, v))  # b h n c d|e
-    log_decay = _into_chunks(log_decay[..., None], chunk).squeeze(-1)  # b|1 h n c
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril(-1)
-    between = torch.where(later, log_decay[..., :, None], 0).cumsum(-2)  # from write (last) to read: b|1 h n c c
-    visible = later | torch.eye(chunk, dtype=torch.bool, device=q.device)
-    since_start = log_decay.cumsum(-1)
-    reads_carry, writes_carry, keeps_carry = since_start.exp(), between[..., -1, :].exp(), since_start[..., -1].exp()
-    if segments is not None:
-        ids = torch.cat([segments, segments[:, -1:].expand(-1, -t % chunk)], dim=1)
-        ids = ids.unflatten(1, (-1, chunk))[:, None]  # b 1 n c
+    chunk = min(CHUNK_SIZE, t + -t % SUB_CHUNK_SIZE)
+    if log_decay.dim() == 3:
+        log_decay = log_decay[..., None]
+    q, k, v, log_decay = (into_chunks(x, chunk) for x in (q, k, v, log_decay))
+    reads_before_write = bonus is not None
+    ((scores,),) = decayed_scores((q,), (k,), log_decay, reads_before_write)  # b h n c c
+    reads = since_start(log_decay, reads_before_write).exp() * q
+    writes = until_end(log_decay).exp() * k
+    keeps = log_decay.sum(-2).exp()  # b h n d|1
+    if starts is not None:
+        ids = F.pad(starts, (0, -t % chunk)).cumsum(1).unflatten(1, (-1, chunk))[:, None]  # b 1 n c
         last = ids[..., -1]
-        carried = torch.cat([ids[..., :1, 0], last[..., :-1]], dim=-1)  # the document that S belongs to: b 1 n
-        visible = visible & (ids[..., :, None] == ids[..., None, :])
-        reads_carry = reads_carry * (ids == carried[..., None])
-        writes_carry = writes_carry * (ids == last[..., None])
-        keeps_carry = keeps_carry * (last == carried)
+        carried = F.pad(last[..., :-1], (1, 0))  # the document that S belongs to: b 1 n
+        scores = scores * (ids[..., :, None] == ids[..., None, :])
+        reads = reads * (ids == carried[..., None])[..., None]
+        writes = writes * (ids == last[..., None])[..., None]
+        keeps = keeps * (last == carried)[..., None]
 
-    decay = between.masked_fill(~visible, -torch.inf).exp()
-    y = (q @ k.mT * decay) @ v
-    writes = (k * writes_carry[..., None]).mT @ v  # b h n d e
+    y = scores @ v
+    if bonus is not None:
+        y = y + (q * bonus[:, None, None] * k).sum(-1, keepdim=True) * v
+    before, state = _carry(keeps[..., None], writes.mT @ v, state)
+    y = from_chunks(y + reads @ before, t)
+    if normalizer is None:
+        return y, state, v.new_empty(0), state.new_empty(0)
+    before, normalizer = _carry(keeps, writes.sum(-2), normalizer)
+    q_n = scores.sum(-1, keepdim=True) + reads @ before[..., None]
+    return y, state, from_chunks(q_n, t).squeeze(-1), normalizer
 
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    bonus: Tensor | None,
+    normalizer: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One token, without the chunks."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # b h 1 d|e
+    decay = log_decay.exp().squeeze(1)
+    decay = decay if log_decay.dim() == 4 else decay[..., None]  # b h d|1
+    if starts is not None:
+        state = state.masked_fill(starts[..., None, None], 0.0)
+    write = k.mT * v
+    read = state if bonus is None else state + bonus[..., None] * write
+    state = decay[..., None] * state + write
+    y = (q @ (state if bonus is None else read)).transpose(1, 2)
+    if normalizer is None:
+        return y, state, v.new_empty(0), state.new_empty(0)
+    if starts is not None:
+        normalizer = normalizer.masked_fill(starts[..., None], 0.0)
+    normalizer = decay * normalizer + k.squeeze(2)
+    return y, state, (q.squeeze(2) * normalizer).sum(-1)[:, None], normalizer
+
+
+def _carry(keeps: Tensor, writes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before each chunk, (b h n ...), and the one after the last."""
     before = []
-    for write, keep in zip(writes.unbind(2), keeps_carry.unbind(2), strict=True):
+    for keep, write in zip(keeps.unbind(2), writes.unbind(2), strict=True):
         before.append(state)
-        state = keep[..., None, None] * state + write
-    y = y + (q * reads_carry[..., None]) @ torch.stack(before, dim=2)
-    return y.flatten(2, 3).transpose(1, 2)[:, :t], state
-
-
-def _into_chunks(x: Tensor, chunk: int) -> Tensor:
-    """(b t h d) -> (b h n c d), padded with zeros: a padded position decays by exp(0) = 1 and writes nothing."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
-    return x.transpose(1, 2).unflatten(2, (-1, chunk))
+        state = keep * state + write
+    return torch.stack(before, dim=2), state

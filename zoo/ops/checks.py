@@ -1,0 +1,43 @@
+"""Inputs that do not agree are refused where they enter, by name and with both sizes."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def check_shapes(op: str, shapes: dict[str, str], **tensors: Tensor | None) -> dict[str, int]:
+    """Compare tensors with the shapes an op wants.
+
+    Args:
+        op: name of the op, for the message.
+        shapes: by name of an input, its letters, as `{"q": "b t h d", "state": "b h d e"}`. The first input that has a
+            letter says what it stands for.
+        tensors: the inputs; None where an optional one is absent.
+
+    Returns:
+        The size of each letter.
+
+    Raises:
+        ValueError: naming the input, what it should be and what it is; or if the tensors are on several devices.
+    """
+    check_devices(op, tensors.values())
+    sizes: dict[str, int] = {}
+    for name, letters in shapes.items():
+        x = tensors[name]
+        if x is None:
+            continue
+        letters = letters.split()
+        if x.dim() != len(letters):
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, wanted ({' '.join(letters)})")
+        for letter, size in zip(letters, x.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+                raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, wanted ({' '.join(letters)}) = ({wanted})")
+    return sizes
+
+
+def check_devices(op: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raise ValueError where tensors are on several devices, naming two of them."""
+    devices = list(dict.fromkeys(x.device for x in tensors if x is not None))
+    if len(devices) > 1:
+        raise ValueError(f"{op} wants its inputs on one device, got {devices[0]} and {devices[1]}")

@@ -1,0 +1,165 @@
+"""The C++ kernels: built on first use, kept in a cache, called with plain pointers.
+
+Each op's `native.cpp` includes `native.h` and exports C functions, one for each precision (`name_f32`, `name_f64`). It
+is compiled without PyTorch's headers, which takes seconds, for the CPU at hand, and kept under the cache folder
+(`XDG_CACHE_HOME` or `~/.cache`, in `sequence-zoo/native`) by source, flags, compiler and CPU. It is linked without
+OpenMP's library: its symbols are then PyTorch's own, and both share one pool of threads. As for any C++ build, `CXX` in
+the environment names another compiler and `CXXFLAGS` adds flags.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",  # but infinities and NaN keep their meaning
+    "-ffp-contract=fast",
+]
+
+_HERE = Path(__file__).parent
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.complex64: "c32", torch.complex128: "c64"}
+
+
+@functools.cache
+def obstacle(op: str) -> str | None:
+    """Why the C++ kernels of an op cannot run on this machine, or None; the first call builds them."""
+    try:
+        _library(op)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = _reason(error)
+        _warn_once(reason)
+        return reason
+    return None
+
+
+def call(op: str, function: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Call `<function>_<precision>` of an op's library.
+
+    Args:
+        op: name of the op.
+        function: name of the C function without its precision.
+        dtype: the precision.
+        arguments: contiguous tensors on the CPU, of `dtype`, its real part's dtype, or bool, passed as pointers (None:
+            a null pointer); integers, passed as int64; floats as double. The number of threads is added behind them.
+
+    Raises:
+        ValueError: on a tensor that C++ would misread.
+        MemoryError: if the kernel found no memory.
+    """
+    suffix = _SUFFIX.get(dtype)
+    if suffix is None:
+        raise ValueError(f"{op}: no C++ kernel for {dtype}")
+    values = []
+    for index, x in enumerate(arguments):
+        if isinstance(x, Tensor):
+            if x.device.type != "cpu" or not x.is_contiguous() or x.dtype not in (dtype, dtype.to_real(), torch.bool):
+                raise ValueError(
+                    f"{op}: argument {index} of {function} is {x.dtype} with strides {x.stride()} on {x.device}; "
+                    f"wanted contiguous {dtype} on the CPU"
+                )
+            values.append(ctypes.c_void_p(x.data_ptr()))
+        elif isinstance(x, float):
+            values.append(ctypes.c_double(x))
+        else:
+            values.append(ctypes.c_void_p(None) if x is None else ctypes.c_int64(x))
+    if getattr(_library(op), f"{function}_{suffix}")(*values, ctypes.c_int64(torch.get_num_threads())) != 0:
+        raise MemoryError(f"{op}: no memory for the C++ kernel")
+
+
+@functools.cache
+def _library(op: str) -> ctypes.CDLL:
+    compiler = _compiler()
+    source = _HERE / op / "native.cpp"
+    path = _cache_folder() / f"{op}-{_key(source, compiler)}.so"
+    if not _is_whole(path):
+        _build(compiler, source, path)
+    return ctypes.CDLL(str(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was built: to load one that was cut short kills the process."""
+    digest = path.with_suffix(".sha256")
+    return path.is_file() and digest.is_file() and digest.read_text() == _digest(path)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _compiler() -> str:
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise FileNotFoundError(f"no C++ compiler ({', '.join(names)})")
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(root).expanduser() / "sequence-zoo" / "native"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _key(source: Path, compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    parts = [source.read_text(), (_HERE / "native.h").read_text(), *_flags(), version, _cpu()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _build(compiler: str, source: Path, path: Path) -> None:
+    """Compile and link beside `path`, then move into place, so that processes which build at once do not clash."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.stem}-") as folder:
+        compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
+        for command in (
+            [compiler, *_flags(), "-I", str(_HERE), "-c", str(source), "-o", str(compiled)],
+            [compiler, *_flags()[len(FLAGS) :], "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+        digest = Path(folder, "kernel.sha256")
+        digest.write_text(_digest(linked))
+        linked.replace(path)
+        digest.replace(path.with_suffix(".sha256"))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [""]
+        return f"the C++ compiler failed: {lines[0]}"
+    return f"the C++ kernels cannot be built: {error}"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"zoo: {reason}; PyTorch forms run instead ('chunked')", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,164 @@
+"""What an op is: one equation, and the forms it is computed in.
+
+The PyTorch forms are plain functions: autograd, `torch.func` and compilers see through them. The kernels, C++ and
+Triton, stand behind one custom operator `torch.ops.zoo.<name>` and its backward, so that compilers, FSDP and
+checkpointing see one node. A backward keeps inputs and, where it wants them, outputs; whatever else it needs it
+computes again.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.ops.checks import check_devices
+from zoo.ops.dispatch import choose
+
+
+class Op:
+    """An op and its forms.
+
+    Args:
+        name: of its folder in `zoo.ops` and its operator.
+        empty_outputs: a function of the op's inputs that makes its outputs, contiguous, without computing them. Its
+            annotated signature is the op's: `Tensor`, `Tensor | None`, and behind them options (`int`, `str`, ...).
+            It raises ValueError where the inputs do not agree.
+        reference, chunked: the PyTorch forms, of the same inputs.
+        states: names of the inputs that are in the dtype of the state whatever the others are, in every form.
+        kernels: which of `native` and `triton` there are. Each is a module of the op's folder with
+            `forward(*inputs) -> outputs` and `backward(grads, outputs, *inputs) -> grads`, the latter in the order of
+            the tensor inputs, None for those that are absent or have no gradient. Forward gets contiguous tensors.
+        backward_reads_outputs: keep the outputs for the backward.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        empty_outputs: Callable[..., tuple[Tensor, ...]],
+        *,
+        reference: Callable,
+        chunked: Callable,
+        states: tuple[str, ...] = ("state",),
+        kernels: tuple[str, ...] = (),
+        backward_reads_outputs: bool = False,
+    ):
+        self.name = name
+        self.forms = ("reference", "chunked", *kernels)
+        self._torch_forms = {"reference": reference, "chunked": chunked}
+        self._empty_outputs = empty_outputs
+        self._are_states = [parameter in states for parameter in inspect.signature(empty_outputs).parameters]
+        if kernels:
+            self._operator = _define(name, empty_outputs, backward_reads_outputs)
+
+    def __call__(self, *inputs: Any, kernels: str = "auto") -> tuple[Tensor, ...]:
+        """Compute the op in the form that `zoo.ops.dispatch` picks.
+
+        PyTorch forms and C++ get every floating tensor in the dtype of the state: float32, or float64 where one of the
+        inputs is. Triton reads lower precisions as they are.
+
+        Raises:
+            ValueError: if the inputs do not agree, or the form asked for cannot run.
+        """
+        backend = self.form_for(*inputs, kernels=kernels)
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        dtype = compute_dtype(*tensors)
+        inputs = tuple(
+            _convert(x, dtype) if is_state or backend != "triton" else x
+            for x, is_state in zip(inputs, self._are_states, strict=True)
+        )
+        if backend not in self._torch_forms:
+            return self._operator(*inputs, backend)
+        self._empty_outputs(*inputs)  # checks that they agree
+        with _no_autocast(tensors[0].device.type):  # products of the state stay in the state's precision
+            return self._torch_forms[backend](*inputs)
+
+    def form_for(self, *inputs: Any, kernels: str = "auto") -> str:
+        """The form that would compute such inputs."""
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        check_devices(self.name, tensors)
+        return choose(self.name, self.forms, tensors[0].device, compute_dtype(*tensors), kernels).backend
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a recurrent state for such inputs: float32, float64 where one of them is, complex likewise."""
+    dtype = torch.float32
+    for x in tensors:
+        if x.is_floating_point() or x.is_complex():
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def _convert(x: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    if x.is_complex():
+        return x.to(dtype)
+    return x.to(_REAL.get(dtype, dtype)) if x.is_floating_point() else x
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _has_gradient(x: Tensor | None) -> bool:
+    return x is not None and (x.is_floating_point() or x.is_complex())
+
+
+def _define(name: str, empty_outputs: Callable, backward_reads_outputs: bool) -> Callable:
+    """Register `zoo::<name>` and `zoo::<name>_backward`, whose last argument is the kernel to run."""
+
+    def kernel(backend: str) -> Any:
+        return importlib.import_module(f"zoo.ops.{name}.{backend}")
+
+    parameters = inspect.signature(empty_outputs).parameters.values()
+    tensor_count = sum(p.annotation in (Tensor, Tensor | None) for p in parameters)
+    schema = torch.library.infer_schema(empty_outputs, mutates_args=())
+    arguments, returns = schema.split(" -> ")
+    options = ", ".join([*arguments[1:-1].split(", ")[tensor_count:], "str backend"])
+
+    def forward(*inputs):
+        *inputs, backend = inputs
+        empty_outputs(*inputs)  # checks that they agree, before a pointer goes anywhere
+        return kernel(backend).forward(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs))
+
+    def backward(grads, tensors, outputs, *options):
+        *options, backend = options
+        tensors = [None if x is None else x.contiguous() for x in tensors]
+        grads, outputs = ([x.contiguous() for x in group] for group in (grads, outputs))
+        found = kernel(backend).backward(grads, outputs, *tensors, *options)
+        return [grad for grad, x in zip(found, tensors, strict=True) if _has_gradient(x)]
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:tensor_count], *(output if backward_reads_outputs else ()))
+        ctx.options = inputs[tensor_count:]
+
+    def differentiate(ctx, *grads):
+        saved = ctx.saved_tensors  # once: activation checkpointing computes them again to unpack them
+        tensors, outputs = saved[:tensor_count], saved[tensor_count:]
+        found = iter(backward_operator(list(grads), list(tensors), list(outputs), *ctx.options))
+        return *(next(found) if _has_gradient(x) else None for x in tensors), *(None for _ in ctx.options)
+
+    operator = torch.library.custom_op(
+        f"zoo::{name}", forward, mutates_args=(), schema=f"{arguments[:-1]}, str backend) -> {returns}"
+    )
+    operator.register_fake(lambda *inputs: empty_outputs(*inputs[:-1]))
+    operator.register_autograd(differentiate, setup_context=setup_context)
+    backward_operator = torch.library.custom_op(
+        f"zoo::{name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"(Tensor[] grads, Tensor?[] tensors, Tensor[] outputs, {options}) -> Tensor[]",
+    )
+    backward_operator.register_fake(
+        lambda grads, tensors, *rest: [x.new_empty(x.shape) for x in tensors if _has_gradient(x)]
+    )
+    return operator

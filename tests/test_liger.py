@@ -1,0 +1,89 @@
+"""Liger-Kernel is used where it should be: on a GPU, where it is installed, outside of compiled graphs.
+
+There need be no GPU: what runs on one is pretended. Triton's interpreter runs Liger's cross entropy, not its norm and
+gate (it hands kernels numbers of Python, which those convert), so these two are stood in for.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import zoo
+from zoo.ops import liger
+from zoo.ops import linear_cross_entropy as cross_entropy_module
+from zoo.ops.dispatch import Choice, use_backend
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Pretend that every device is a GPU with Liger-Kernel; the calls it gets, by name."""
+    found = []
+
+    def record(name, function):
+        def call(*arguments):
+            found.append(name)
+            return function(*arguments)
+
+        return call
+
+    functions = SimpleNamespace(
+        liger_rms_norm=record("liger_rms_norm", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)),
+        liger_swiglu=record("liger_swiglu", lambda gate, up: F.silu(gate) * up),
+    )
+    choose_for = liger.choose_liger
+    monkeypatch.setattr(liger, "choose_liger", lambda device: choose_for("cuda"))
+    monkeypatch.setattr(liger, "_is_installed", lambda: True)
+    monkeypatch.setattr(liger, "_functional", lambda: functions)
+    return found
+
+
+def test_a_model_runs_on_it(calls):
+    model = zoo.create_model("transformer-tiny").eval()
+    tokens = torch.ones(1, 3, dtype=torch.long)
+    logits = model(tokens).logits
+    layers = model.config.num_hidden_layers
+    assert (calls.count("liger_rms_norm"), calls.count("liger_swiglu")) == (2 * layers + 1, layers)
+    calls.clear()
+    with use_backend("chunked"):
+        assert torch.equal(model(tokens).logits, logits)
+    assert not calls
+
+
+def test_a_compiler_fuses_by_itself(calls):
+    x, weight = torch.randn(2, 8), torch.rand(8)
+    y = torch.compile(liger.rms_norm, fullgraph=True)(x, weight, 1e-6)
+    assert not calls
+    torch.testing.assert_close(y, liger.rms_norm(x, weight, 1e-6))
+    assert calls
+
+
+def test_where_it_runs(monkeypatch):
+    assert liger.choose_liger("cpu") == ("torch", "Liger-Kernel runs on a GPU, not on cpu")
+    monkeypatch.setattr(liger, "_is_installed", lambda: False)
+    assert liger.choose_liger("cuda") == ("torch", "Liger-Kernel is not installed")
+    monkeypatch.setattr(liger, "_is_installed", lambda: True)
+    assert liger.choose_liger("cuda").backend == "liger"
+    with use_backend("reference"):
+        assert liger.choose_liger("cuda") == ("torch", "'reference' was asked for")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_cross_entropy_equals_ours(monkeypatch, bias):
+    monkeypatch.setattr(cross_entropy_module, "choose_liger", lambda device: Choice("liger", "pretended"))
+    x, weight = torch.randn(12, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    inputs = [x, weight, torch.randn(50, requires_grad=True)] if bias else [x, weight]
+    labels = torch.randint(0, 50, (12,))
+    labels[::5] = -100
+
+    def run(kernels):
+        arguments = {"bias": inputs[2] if bias else None, "z_loss": 0.01, "num_items": 5, "kernels": kernels}
+        loss = cross_entropy_module.linear_cross_entropy(x, weight, labels, **arguments)
+        return [loss, *torch.autograd.grad(3 * loss, inputs)]
+
+    for found, expected in zip(run("auto"), run("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    labels[0] = 50
+    with pytest.raises(ValueError, match="label 50 is out of range"):
+        run("auto")

@@ -1,0 +1,13 @@
+"""Labels are words of the vocabulary, or not to be counted."""
+
+from torch import Tensor
+
+
+def check_labels(labels: Tensor, ignore_index: int, v: int) -> None:
+    """Raise ValueError on a label that is neither `ignore_index` nor from 0 to v-1."""
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= v))]
+    if wrong.numel():
+        raise ValueError(
+            f"linear_cross_entropy: label {wrong[0].item()} is out of range: wanted 0 to {v - 1}, "
+            f"or {ignore_index} for a token that does not count"
+        )

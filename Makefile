@@ -1,9 +1,11 @@
 # The two commands of the README. Both make .venv and install into it, pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process for each core and a thread for each process: threads of several processes would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/installed-train
 	rm -rf runs/demo
@@ -14,7 +16,10 @@ demo: .venv/installed-train
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed-test
+	$(PYTEST) -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check --fix .

@@ -83,4 +83,6 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert set(re.findall(r"^    (\w+)", out, flags=re.MULTILINE)) == {"list", "show", "train", "generate"}
+    assert set(re.findall(r"^    (\w+)", out, flags=re.MULTILINE)) == {
+        *("list", "show", "train", "generate", "selftest", "bench")
+    }

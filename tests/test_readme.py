@@ -1,5 +1,6 @@
 """What the README says is so: its Python and its commands run, its table is what the registry says."""
 
+import importlib
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 import zoo
 from zoo.cli import main
 from zoo.inspection import architecture_table
+from zoo.ops.testing import op_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,6 +53,15 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
         assert words[0] == "zoo"
         words = ["train.tokens=8192" if word.startswith("train.tokens=") else word for word in words]
         assert main(words[1:]) == 0, capsys.readouterr().err
+
+
+def test_the_table_of_ops_is_of_these_ops():
+    rows = re.findall(r"^\| \[(\w+)\]\(zoo/ops/(\w+)\) \|.*\| ([^|]*) \|$", README, flags=re.MULTILINE)
+    assert sorted(name for name, _, _ in rows) == op_names()
+    names = {"chunked": "PyTorch", "native": "C++", "triton": "Triton"}
+    for name, folder, forms in rows:
+        assert folder == name
+        assert forms == ", ".join(names[form] for form in importlib.import_module(f"zoo.ops.{name}").OP.forms[1:])
 
 
 def test_ci_runs_the_test_command():

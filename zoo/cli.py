@@ -1,4 +1,4 @@
-"""The command `zoo`: list, show, train, generate. Errors are one line; `--debug` shows the traceback."""
+"""The command `zoo`: list, show, train, generate, selftest, bench. Errors are one line; `--debug` shows more."""
 
 import argparse
 import math
@@ -52,6 +52,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=generate)
+
+    command = commands.add_parser("selftest", help="compare every kernel with its reference on a device")
+    command.add_argument("ops", nargs="*", metavar="OP", help="ops to test; default: all")
+    command.add_argument("--device", default="cpu", help="as cpu or cuda")
+    command.set_defaults(run=selftest)
+
+    command = commands.add_parser("bench", help="how fast the kernels are, and what they compile to")
+    kinds = command.add_subparsers(metavar="WHAT", required=True, parser_class=_Parser)
+    kind = kinds.add_parser("ops", help="time them beside other code that computes the same")
+    kind.add_argument("ops", nargs="*", metavar="OP", help="ops to time; default: all")
+    kind.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    kind.add_argument("--repeats", type=int, default=20, help="rounds at most, of which the median counts")
+    kind.add_argument("--output", type=Path, help="a CSV file for the rows; those of other ops stay in it")
+    kind.set_defaults(run=bench_ops)
+    kind = kinds.add_parser("aot", help="compile the Triton kernels for GPUs that are not there")
+    kind.add_argument("ops", nargs="*", metavar="OP", help="ops to compile; default: all")
+    kind.add_argument("--output", type=Path, help="a CSV file for the rows")
+    kind.set_defaults(run=bench_aot)
 
     parser.set_defaults(known_commands=tuple(commands.choices))
     return parser
@@ -160,6 +178,45 @@ def generate(arguments: argparse.Namespace) -> None:
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
+
+
+def selftest(arguments: argparse.Namespace) -> None:
+    from zoo.selftest import describe_environment, op_names, selftest  # noqa: PLC0415 (imports every op)
+
+    for op in arguments.ops:
+        if op not in op_names():
+            raise unknown_name("op", op, op_names())
+    try:
+        device = torch.device(arguments.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {arguments.device!r}: {str(error).splitlines()[0]}") from error
+    print(describe_environment(device))
+    row = "{:<22}{:<23}{:<11}{:<10}{:>9}{:>9}  {}"
+    print(row.format("op", "case", "backend", "inputs", "error", "allowed", "verdict"))
+    failures = 0
+    for found in selftest(device, arguments.ops):
+        error = "" if math.isnan(found.error) else f"{found.error:.1e}"
+        columns = (found.op, found.case, found.backend, found.dtype, error, f"{found.tolerance:.0e}", found.verdict)
+        print(row.format(*columns), flush=True)
+        failures += not found.passed
+    if failures:
+        raise ValueError(f"{failures} of the kernels differ from their reference")
+    print("every kernel that runs here agrees with its reference")
+
+
+def bench_ops(arguments: argparse.Namespace) -> None:
+    from zoo.bench import bench_ops  # noqa: PLC0415 (it imports other libraries' models)
+
+    bench_ops(arguments.ops, arguments.device, arguments.repeats, arguments.output)
+
+
+def bench_aot(arguments: argparse.Namespace) -> None:
+    try:
+        from zoo.bench.aot import bench_aot  # noqa: PLC0415 (it needs Triton)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"compiling GPU kernels needs {error.name}: pip install {error.name}") from error
+    bench_aot(arguments.ops, arguments.output)
 
 
 if __name__ == "__main__":

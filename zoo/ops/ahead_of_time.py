@@ -51,6 +51,7 @@ class Row(NamedTuple):
         target: the GPU's architecture.
         constants: the kernel's `tl.constexpr` parameters, as `CHUNK=32 BLOCK=64`.
         warps, stages: those of the launch.
+        source: digest of the kernel's source and of what it calls: another one wants another row.
         registers: of a thread.
         stack: bytes of a thread that lie in slow memory.
         spills: loads and stores of such bytes in the machine code (NVIDIA), registers spilled (AMD).
@@ -69,15 +70,16 @@ class Row(NamedTuple):
     constants: str
     warps: int
     stages: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    tensor_core: int
-    instruction: str
-    verdict: str
-    why: str
-    triton: str
+    source: str
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    tensor_core: int = 0
+    instruction: str = ""
+    verdict: str = ""
+    why: str = ""
+    triton: str = triton.__version__
 
 
 def ops_with_triton() -> list[str]:
@@ -101,14 +103,21 @@ def compile_op(op: str, target: str) -> list[Row]:
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, where Triton has no compiler.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, none can be compiled; unset it")
     rows = {}
-    for size, launch in _launches(op, target):
-        row = _compile(op, size, target, launch)
+    for row, launch in _list_launches(op, target):
+        row = _compile(row, launch)
         print(*row, sep="  ", file=sys.stderr, flush=True)
         rows[row] = None  # a kernel that is launched twice in the same way counts once
     return list(rows)
+
+
+def list_kernels(op: str, target: str) -> set[Row]:
+    """The rows that `compile_op` would make, without what only a compiler knows: in a moment.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where Triton has no compiler.
+    """
+    return {row for row, _ in _list_launches(op, target)}
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
@@ -120,7 +129,9 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         writer.writerows(sorted(rows))
 
 
-def _launches(op: str, target: str) -> Iterator[tuple[str, Launch]]:
+def _list_launches(op: str, target: str) -> Iterator[tuple[Row, Launch]]:
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, none can be compiled; unset it")
     module = importlib.import_module(f"zoo.ops.{op}.triton")
     for size, inputs in module.ahead_of_time().items():
         with record_launches(target) as launches:
@@ -128,7 +139,17 @@ def _launches(op: str, target: str) -> Iterator[tuple[str, Launch]]:
             outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
             module.backward([torch.empty_like(x) for x in outputs], outputs, *inputs)
         for launch in launches:
-            yield size, launch
+            row = Row(
+                op=op,
+                kernel=launch.kernel.__name__.lstrip("_"),
+                size=size,
+                target=target,
+                constants=" ".join(f"{name}={value}" for name, value in launch.constants.items()),
+                warps=launch.warps,
+                stages=launch.stages,
+                source=launch.kernel.cache_key[:12],
+            )
+            yield row, launch
 
 
 class _Reading(NamedTuple):
@@ -143,21 +164,14 @@ class _Reading(NamedTuple):
     has_dot: bool = False
 
 
-def _compile(op: str, size: str, target: str, launch: Launch) -> Row:
-    gpu = TARGETS[target]
+def _compile(row: Row, launch: Launch) -> Row:
+    gpu = TARGETS[row.target]
     try:
         reading = _read(triton.compile(*_compiler_input(launch, gpu)), gpu)
         why = _fault(reading, gpu)
     except (TritonError, RuntimeError) as error:  # it does not compile for this GPU: the table says so
         reading, why = _Reading(), " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return Row(
-        op=op,
-        kernel=launch.kernel.__name__.lstrip("_"),
-        size=size,
-        target=target,
-        constants=" ".join(f"{name}={value}" for name, value in launch.constants.items()),
-        warps=launch.warps,
-        stages=launch.stages,
+    return row._replace(
         registers=reading.registers,
         stack=reading.stack,
         spills=reading.spills,
@@ -166,7 +180,6 @@ def _compile(op: str, size: str, target: str, launch: Launch) -> Row:
         instruction=reading.instruction,
         verdict="chunked" if why else "triton",
         why=why,
-        triton=triton.__version__,
     )
 
 

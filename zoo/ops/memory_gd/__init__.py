@@ -1,0 +1,200 @@
+"""Neural memory: a small network that learns while it reads, by gradient descent with momentum and decay.
+
+    S_t = momentum_t S_{t-1} - step_t grad |M(k_t) - v_t|^2      M_t = (1 - decay_t) M_{t-1} + S_t      y_t = M_t(q_t)
+
+Titans (Behrouz et al., 2025, arXiv:2501.00663, eq. 8-15): M is the memory, a matrix or a network of two layers, S its
+surprise. The gradient is taken at the anchor, the weights as they were at the start of the token's chunk (section 3.2),
+so the length of a chunk belongs to the model and changes what it computes. With momentum and decay 0 it is the
+test-time training of Sun et al. (2024, arXiv:2407.04620), but for the norm and the residual in their memories.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.ops.checks import check_shapes
+from zoo.ops.memory_gd.chunked import memory_gd_chunked
+from zoo.ops.memory_gd.layers import join_layers
+from zoo.ops.memory_gd.reference import memory_gd_reference
+from zoo.ops.op import Op, compute_dtype
+from zoo.ops.packing import check_mask, fill_padding, lay_out_chunks, segment_starts
+
+_WIDEST = {"triton": 16}  # slots of a chunk; a longer one takes several pieces, which share its anchor
+_WIDEST_ELSEWHERE = 64
+
+
+class MemoryState(NamedTuple):
+    """A memory between two tokens. Every tensor has the rows of the batch first.
+
+    weights: M, (b h w): the matrices of its layers one after the other, each row by row.
+    surprise: S, (b h w).
+    anchor: the weights at the start of the open chunk, (b h w), where gradients are taken. Read only in an open chunk.
+    position: how many tokens the open chunk has, (b), int64; 0 where the next token opens a chunk.
+    """
+
+    weights: Tensor
+    surprise: Tensor
+    anchor: Tensor
+    position: Tensor
+
+
+def initial_state(initial: tuple[Tensor, ...], batch: int) -> MemoryState:
+    """The state at the start of a sequence: the initial weights, no surprise.
+
+    Args:
+        initial: the matrix (h d e) of a linear memory, or those of two layers, (h d f) and (h f e).
+        batch: rows of the batch.
+
+    Raises:
+        ValueError: if there are other than one or two matrices, or their shapes do not agree.
+    """
+    shapes = _initial_shapes(initial)
+    check_shapes("memory_gd", shapes, **dict(zip(shapes, initial, strict=True)))
+    weights = _join_initial(initial).expand(batch, -1, -1)
+    return MemoryState(weights, torch.zeros_like(weights), weights, weights.new_zeros(batch, dtype=torch.int64))
+
+
+def _join_initial(initial: tuple[Tensor, ...]) -> Tensor:
+    """-> (h w), in the dtype of the state."""
+    return join_layers(tuple(layer.to(compute_dtype(*initial)) for layer in initial))
+
+
+def _initial_shapes(initial: tuple[Tensor, ...]) -> dict[str, str]:
+    if len(initial) not in (1, 2):
+        raise ValueError(f"memory_gd: a memory of {len(initial)} layers, wanted 1 or 2")
+    return {"initial[0]": "h d e"} if len(initial) == 1 else {"initial[0]": "h d f", "initial[1]": "h f e"}
+
+
+_SHAPES = {
+    "q": "b t h d",
+    "k": "b t h d",
+    "v": "b t h e",
+    "step": "b t h",
+    "momentum": "b t h",
+    "decay": "b t h",
+    "weights": "b h w",
+    "surprise": "b h w",
+    "anchor": "b h w",
+}
+
+
+def _empty_outputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    momentum: Tensor,
+    decay: Tensor,
+    weights: Tensor,
+    surprise: Tensor,
+    anchor: Tensor,
+    initial: Tensor | None,
+    real: Tensor | None,
+    refresh: Tensor | None,
+    reset: Tensor | None,
+    hidden: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens lie in slots, `width` of them a chunk or a part of one. `real` (b t) says which slots hold a token,
+    `refresh` (b n) where the anchor moves to the weights, `reset` (b n) where the memory begins anew. None: everywhere,
+    everywhere, nowhere."""
+    shapes = _SHAPES | {"initial": "h w", "real": "b t", "refresh": "b n", "reset": "b n"}
+    tensors = (q, k, v, step, momentum, decay, weights, surprise, anchor, initial, real, refresh, reset)
+    sizes = check_shapes("memory_gd", shapes, **dict(zip(shapes, tensors, strict=True)))
+    wanted = (sizes["d"] + sizes["e"]) * hidden if hidden else sizes["d"] * sizes["e"]
+    if sizes["w"] != wanted:
+        raise ValueError(f"memory_gd: a memory of {sizes['w']} weights, where keys and values want {wanted}")
+    return weights.new_empty(v.shape), *(weights.new_empty(weights.shape) for _ in range(3))
+
+
+OP = Op(
+    "memory_gd",
+    _empty_outputs,
+    reference=memory_gd_reference,
+    chunked=memory_gd_chunked,
+    states=("weights", "surprise", "anchor", "initial"),
+    kernels=("triton",),
+)
+
+
+def memory_gd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    momentum: Tensor,
+    decay: Tensor,
+    state: MemoryState | None,
+    initial: tuple[Tensor, ...],
+    chunk_size: int,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    kernels: str = "auto",
+) -> tuple[Tensor, MemoryState]:
+    """Let the memory learn and read it, token by token; differentiable in every floating input.
+
+    Chunks are counted from the start of a document; padding does not count. A sequence cut into calls anywhere gives
+    the same result. Where documents are packed, shapes depend on their lengths, so that compilers break the graph.
+
+    Args:
+        q, k: queries and keys, (b t h d), normalised by the caller.
+        v: what the memory shall answer to the keys, (b t h e).
+        step: the learning rate of each token, (b t h); the loss is a sum over the e features.
+        momentum: what is kept of the surprise, (b t h), in [0, 1].
+        decay: what is forgotten of the weights, (b t h), in [0, 1].
+        state: of the memory before the first token, in float32 (float64 for float64 inputs); None: `initial`.
+        initial: the weights at the start of a document, the matrix (h d e) of a linear memory M(k) = k W, or those of
+            M(k) = silu(k W1) W2, (h d f) and (h f e).
+        chunk_size: tokens that share an anchor.
+        mask: (b t), False at padding: nothing is learned there and the output is 0. None: no padding.
+        segments: (b t) ids of the documents packed in a row; each starts from `initial`, no surprise and a new chunk,
+            but the row's first, which continues `state`. None: one document a row.
+        kernels: which form runs (`zoo.ops.dispatch`).
+
+    Returns:
+        The outputs, (b t h e) in the dtype of `v`, and the state after the last token.
+
+    Raises:
+        ValueError: if the shapes do not agree, a memory has other than one or two layers, `chunk_size` is less than 1,
+            or the form asked for cannot run.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"memory_gd: chunk_size is {chunk_size}, wanted at least 1")
+    sequences = (q, k, v, step, momentum, decay)
+    kernels = OP.form_for(*sequences, *initial, *(state or ()), mask, segments, kernels=kernels)
+    at_start = state is None
+    weights, surprise, anchor, position = initial_state(initial, len(q)) if at_start else state
+    shapes = _SHAPES | _initial_shapes(initial) | {"position": "b", "mask": "b t", "segments": "b t"}
+    tensors = (*sequences, weights, surprise, anchor, *initial, position, mask, segments)
+    sizes = check_shapes("memory_gd", shapes, **dict(zip(shapes, tensors, strict=True)))
+    if mask is not None:
+        check_mask(mask, q)
+    b, t = sizes["b"], sizes["t"]
+    width = min(t, chunk_size, _WIDEST.get(kernels, _WIDEST_ELSEWHERE))
+    layout = reset = None
+    if t == 1:
+        real, refresh = mask, position[:, None] == 0
+        sequences = fill_padding(mask, 0.0, *sequences)
+        position = (position + (1 if mask is None else mask[:, 0])) % chunk_size
+    elif at_start and mask is None and segments is None and (t <= chunk_size or chunk_size % width == 0):
+        real = None
+        runs = torch.arange(-(-t // width), device=q.device)
+        refresh = (runs % -(-chunk_size // width) == 0).expand(b, -1) if chunk_size > width else None
+        position = torch.full_like(position, t % chunk_size)
+    else:
+        everywhere = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
+        starts = segment_starts(segments, mask, q)
+        layout = lay_out_chunks(everywhere, starts, None if at_start else position, chunk_size, width)
+        sequences = layout.into_slots(*sequences)
+        real, refresh, reset, position = layout.real, layout.opens, layout.restarts, layout.position
+
+    hidden = sizes.get("f", 0)
+    y, *state = OP(
+        *sequences,
+        *(weights, surprise, anchor, None if reset is None else _join_initial(initial)),
+        *(real, refresh, reset, hidden, width),
+        kernels=kernels,
+    )
+    (y,) = fill_padding(mask, 0.0, y) if layout is None else (layout.out_of_slots(y),)
+    return y.to(v.dtype), MemoryState(*state, position)

@@ -27,8 +27,10 @@ def _no_choice_is_remembered():
 
 def test_the_device_decides():
     assert choose("linear_scan", ALL, "cpu") == ("native", "the kernel of linear_scan for cpu")
-    assert choose("linear_scan", ("reference", "chunked"), "cpu") == ("chunked", "linear_scan has no kernel for cpu")
-    assert choose("linear_scan", ALL, "mps") == ("chunked", "linear_scan has no kernel for mps")
+    for kernels in ("auto", "require"):  # what an op does not have cannot be missing
+        choice = choose("other", ("reference", "chunked", "triton"), "cpu", kernels=kernels)
+        assert choice == ("chunked", "the form of other for cpu: it has no native one")
+    assert choose("linear_scan", ALL, "mps") == ("chunked", "there are no kernels for mps")
 
 
 def test_a_form_asked_for_by_name_runs_or_says_why_not():
@@ -64,7 +66,7 @@ def test_required_kernels(monkeypatch):
     assert choose("linear_scan", ALL, "cpu") == ("chunked", "no C++ compiler")
     with pytest.raises(ValueError, match="kernels='require', but no C\\+\\+ compiler"):
         choose("linear_scan", ALL, "cpu", kernels="require")
-    with pytest.raises(ValueError, match="linear_scan has no kernel for mps"):
+    with pytest.raises(ValueError, match="there are no kernels for mps"):
         choose("linear_scan", ALL, "mps", kernels="require")
     model = zoo.create_model("retnet-tiny", kernels="require")
     with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
@@ -138,6 +140,11 @@ def test_two_processes_that_build_at_once(tmp_path):
         assert "backend='native'" in finish(process)
     left = [path.suffix for path in (tmp_path / "sequence-zoo" / "native").iterdir()]
     assert sorted(left) == [".sha256", ".so"]
+
+
+def test_a_compiler_with_arguments(tmp_path):
+    out = finish(start(XDG_CACHE_HOME=str(tmp_path), CXX="g++ -fno-plt", CXXFLAGS="-DNOTHING='a b'"))
+    assert "backend='native'" in out
 
 
 def test_a_damaged_library_is_built_anew(tmp_path):

@@ -33,7 +33,7 @@ def calls(monkeypatch):
         liger_swiglu=record("liger_swiglu", lambda gate, up: F.silu(gate) * up),
     )
     choose_for = liger.choose_liger
-    monkeypatch.setattr(liger, "choose_liger", lambda device: choose_for("cuda"))
+    monkeypatch.setattr(liger, "choose_liger", lambda device, kernels: choose_for("cuda", kernels))
     monkeypatch.setattr(liger, "_is_installed", lambda: True)
     monkeypatch.setattr(liger, "_functional", lambda: functions)
     return found
@@ -48,6 +48,9 @@ def test_a_model_runs_on_it(calls):
     calls.clear()
     with use_backend("chunked"):
         assert torch.equal(model(tokens).logits, logits)
+    assert not calls
+    model.config.kernels = "reference"
+    model(tokens)
     assert not calls
 
 
@@ -71,7 +74,11 @@ def test_where_it_runs(monkeypatch):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_cross_entropy_equals_ours(monkeypatch, bias):
-    monkeypatch.setattr(cross_entropy_module, "choose_liger", lambda device: Choice("liger", "pretended"))
+    monkeypatch.setattr(
+        cross_entropy_module,
+        "choose_liger",
+        lambda device, kernels: Choice("torch" if kernels == "reference" else "liger", ""),
+    )
     x, weight = torch.randn(12, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     inputs = [x, weight, torch.randn(50, requires_grad=True)] if bias else [x, weight]
     labels = torch.randint(0, 50, (12,))

@@ -233,6 +233,14 @@ def test_operator_is_well_behaved(op, case, form):
         torch.library.opcheck(getattr(torch.ops.zoo, op).default, arguments)
 
 
+def test_cross_entropy_is_a_well_behaved_operator():
+    """It stands outside of `Op`: its PyTorch form is a custom operator."""
+    x, weight, bias = torch.randn(7, 5), torch.randn(11, 5), torch.randn(11)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    labels = torch.tensor([1, 2, -100, 3, 10, 0, 4])
+    torch.library.opcheck(torch.ops.zoo.linear_cross_entropy.default, (*inputs, labels, -100, 0.1, [True] * 3))
+
+
 def recorded_operator_calls(op: str, run) -> list[tuple]:
     """The arguments that `torch.ops.zoo.<op>` is called with."""
 
@@ -250,16 +258,17 @@ def recorded_operator_calls(op: str, run) -> list[tuple]:
     return record.calls
 
 
-@pytest.mark.parametrize("form", ["chunked", "native"])
-@pytest.mark.parametrize("op", op_names())
+@pytest.mark.parametrize(("op", "form"), [(op, form) for op in op_names() for form in forms_of(op)[1:3]])
 def test_compiles_into_one_graph(op, form):
-    if form not in forms_of(op):
-        form = "chunked"
+    """A case of each op, packed documents and all, but for the memory's, whose chunks are as many as the data says."""
+    if form == "triton":
+        return  # its operator is the same node as C++'s; interpreted kernels run in it as they do outside
     case = importlib.import_module(f"zoo.ops.{op}.cases").CASES[0]
     inputs = to_dtype(case.draw(Draw(3), 33), torch.float32)
-    expected = run_case(case, inputs, form)
+    packing = draw_packing(33)["mask" if op == "memory_gd" else "both"]
+    expected = run_case(case, inputs, form, **packing)
     compiled = torch.compile(case.run, fullgraph=True, dynamic=False)
-    actual = run_case(case.with_run(compiled), inputs, form)
+    actual = run_case(case.with_run(compiled), inputs, form, **packing)
     for kind in expected:
         for x, y in zip(actual[kind], expected[kind], strict=True):
             assert_close(x, y, TOLERANCE[torch.float32])
@@ -285,9 +294,72 @@ def test_wrong_inputs_are_refused(op, case):
                 case.call(spoil(lambda x: x[None]), form)
             with pytest.raises(ValueError, match="device"):
                 case.call(spoil(lambda x: x.to("meta")), form)
+            if name in case.sequences[:1]:
+                with pytest.raises(ValueError, match=r"torch\.int64"):
+                    case.call(spoil(lambda x: x.abs().long()), form)
         if op == "linear_cross_entropy":  # whose padding is a matter of labels
             continue
         mask = torch.ones(ROWS, 6, dtype=torch.bool)
         for packing in ({"mask": mask[:, 1:]}, {"mask": mask.int()}, {"segments": mask.long()[1:]}):
             with pytest.raises(ValueError, match=next(iter(packing))):
                 case.call(inputs, form, **packing)
+
+
+# -- what no one should do ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["linear_scan", "selective_scan", "decay_attention", "delta_rule", "cell_scan", "short_conv"])
+def native_case(request):
+    return importlib.import_module(f"zoo.ops.{request.param}.cases").CASES[0]
+
+
+def test_flags_are_no_numbers(native_case):
+    """A mask in place of a number, whose bytes are fewer than C++ would read and write."""
+    inputs = to_dtype(native_case.draw(Draw(3), 6), torch.float32)
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor):
+            with pytest.raises(ValueError, match=r"torch\.bool"):
+                native_case.call(inputs | {name: x > 0}, "native")
+
+
+def test_nothing_to_compute(native_case):
+    """No rows are as good as any, no tokens are refused."""
+    inputs = to_dtype(native_case.draw(Draw(3), 6), torch.float32)
+    empty = {
+        name: map_tensors(lambda x: x[:0], x) if name in native_case.sequences or name == "state" else x
+        for name, x in inputs.items()
+    }
+    for form in ("chunked", "native"):
+        for gradient in run_case(native_case, empty, form)["gradients"]:
+            assert (gradient == 0).all()
+        with pytest.raises(ValueError, match="a sequence of no tokens"):
+            native_case.call(split_case(native_case, inputs, 0)[0], form)
+
+
+def test_a_missing_input_is_named():
+    with pytest.raises(ValueError, match="b is missing"):
+        torch.ops.zoo.linear_scan(torch.ones(1, 2, 3), None, torch.ones(1, 3), "native")
+
+
+def test_conjugates_that_are_still_to_be_taken():
+    a, b = (torch.randn(1, 4, 2, dtype=torch.complex64, requires_grad=True) for _ in range(2))
+    function = importlib.import_module("zoo.ops.linear_scan").linear_scan
+
+    def gradients(form):
+        h, end = function(a.conj(), b.conj().imag.neg() + 0j, b[:, 0], kernels=form)
+        return torch.autograd.grad(h.abs().sum() + end.conj().abs().sum(), (a, b))
+
+    for found, expected in zip(gradients("native"), gradients("reference"), strict=True):
+        assert_close(found, expected.to(torch.complex128), TOLERANCE[torch.float32])
+
+
+def test_forward_mode_is_refused_by_kernels():
+    function = importlib.import_module("zoo.ops.linear_scan").linear_scan
+    x, state = torch.rand(1, 4, 2), torch.rand(1, 2)
+
+    def jvp(form):
+        return torch.func.jvp(lambda b: function(x, b, state, kernels=form)[0].sum(), (x,), (x,))[1]
+
+    assert jvp("chunked") > 0
+    with pytest.raises(ValueError, match="no forward-mode derivative; kernels='chunked'"):
+        jvp("native")

@@ -96,7 +96,7 @@ def _choice(op: str, model: PreTrainedModel) -> Choice:
     if op == "attention":
         return Choice(model.config._attn_implementation, "transformers' attn_implementation")
     if op in LIGER_OPS:
-        return choose_liger(model.device)
+        return choose_liger(model.device, model.config.kernels)
     forms = importlib.import_module(f"zoo.ops.{op}").OP.forms
     dtype = torch.promote_types(model.dtype, torch.float32)
     return choose(op, forms, model.device, dtype, model.config.kernels)

@@ -36,9 +36,9 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: ZooConfig, layer_idx: int):
         super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config)
         self.mixer: Mixer = registry.find_mixer(config.mixers[layer_idx])(config, layer_idx)
-        self.channel_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.channel_norm = RMSNorm(config)
         self.channel_mixer = GatedMLP(config)
 
     def forward(
@@ -128,7 +128,7 @@ class ZooModel(ZooPreTrainedModel):
         config.settle_layers()  # from_pretrained sets fields after the configuration is made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config)
         self.rotary = LlamaRotaryEmbedding(config) if getattr(config, "rope_parameters", None) else None
         self.gradient_checkpointing = False
         self._no_split_modules = [self.block_class.__name__]

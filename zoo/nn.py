@@ -25,8 +25,12 @@ class RMSNorm(nn.RMSNorm):
 
     ops = ("rms_norm",)
 
+    def __init__(self, config: ZooConfig):
+        super().__init__(config.hidden_size, config.rms_norm_eps)
+        self.config = config
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.config.kernels)
 
 
 class GatedMLP(nn.Module):
@@ -34,6 +38,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ZooConfig):
         super().__init__()
+        self.config = config
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -43,7 +48,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up) if self.is_swiglu else self.act(gate) * up)
+        return self.down_proj(swiglu(gate, up, self.config.kernels) if self.is_swiglu else self.act(gate) * up)
 
 
 # -- rotations ---------------------------------------------------------------------------------------------------------

@@ -55,13 +55,14 @@ TARGETS = {
     ("delta_rule", "gated", FORWARD): {"ratio_to_transformers": 4},
     ("delta_rule", "gated", BOTH): {"ratio_to_transformers": 3.5},
     ("delta_rule", "dplr", FORWARD): {"ratio_to_loop": 12},
-    ("cell_scan", "slstm", FORWARD): {"ratio_to_loop": 4},
-    ("cell_scan", "slstm", BOTH): {"ratio_to_loop": 4},
-    ("cell_scan", "lstm", FORWARD): {"ratio_to_loop": 4},
-    ("cell_scan", "lstm", BOTH): {"ratio_to_loop": 4},
-    ("cell_scan", "gru", FORWARD): {"ratio_to_loop": 4},
-    ("cell_scan", "gru", BOTH): {"ratio_to_loop": 4},
+    ("cell_scan", "slstm", FORWARD): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
+    ("cell_scan", "slstm", BOTH): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
+    ("cell_scan", "lstm", FORWARD): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
+    ("cell_scan", "lstm", BOTH): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
+    ("cell_scan", "gru", FORWARD): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
+    ("cell_scan", "gru", BOTH): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
     ("memory_gd", "", FORWARD): {"ratio_to_loop": 12},
+    ("memory_gd", "", BOTH): {"ratio_to_loop": 12},
 }
 
 

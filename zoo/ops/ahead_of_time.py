@@ -50,12 +50,14 @@ class Row(NamedTuple):
         size: the name of the op's main size.
         target: the GPU's architecture.
         constants: the kernel's `tl.constexpr` parameters, as `CHUNK=32 BLOCK=64`.
+        absent: its arguments that are None in the launch.
         warps, stages: those of the launch.
         source: digest of the kernel's source and of what it calls: another one wants another row.
         registers: of a thread.
         stack: bytes of a thread that lie in slow memory.
         spills: loads and stores of such bytes in the machine code (NVIDIA), registers spilled (AMD).
         shared: bytes of shared memory of a program.
+        products: whether there is a `tl.dot` in it.
         tensor_core: how many tensor-core instructions there are.
         instruction: which: `UTC...MMA` (tcgen05), `HGMMA` (wgmma), `HMMA`, `v_mfma`.
         verdict: the form that the op should run on this GPU, `triton` or `chunked`.
@@ -68,6 +70,7 @@ class Row(NamedTuple):
     size: str
     target: str
     constants: str
+    absent: str
     warps: int
     stages: int
     source: str
@@ -75,6 +78,7 @@ class Row(NamedTuple):
     stack: int = 0
     spills: int = 0
     shared: int = 0
+    products: bool = False
     tensor_core: int = 0
     instruction: str = ""
     verdict: str = ""
@@ -145,11 +149,17 @@ def _list_launches(op: str, target: str) -> Iterator[tuple[Row, Launch]]:
                 size=size,
                 target=target,
                 constants=" ".join(f"{name}={value}" for name, value in launch.constants.items()),
+                absent=" ".join(_absent(launch)),
                 warps=launch.warps,
                 stages=launch.stages,
                 source=launch.kernel.cache_key[:12],
             )
             yield row, launch
+
+
+def _absent(launch: Launch) -> list[str]:
+    names = launch.kernel.arg_names[: len(launch.arguments)]
+    return [name for name, x in zip(names, launch.arguments, strict=True) if x is None]
 
 
 class _Reading(NamedTuple):
@@ -176,6 +186,7 @@ def _compile(row: Row, launch: Launch) -> Row:
         stack=reading.stack,
         spills=reading.spills,
         shared=reading.shared,
+        products=reading.has_dot,
         tensor_core=reading.tensor_core,
         instruction=reading.instruction,
         verdict="chunked" if why else "triton",

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+
+FLAGS = ("mask", "starts", "real", "refresh", "reset")
+"""Names of inputs that say yes or no; all others are numbers."""
 
 
 def check_shapes(op: str, shapes: dict[str, str], **tensors: Tensor | None) -> dict[str, int]:
@@ -18,7 +22,8 @@ def check_shapes(op: str, shapes: dict[str, str], **tensors: Tensor | None) -> d
         The size of each letter.
 
     Raises:
-        ValueError: naming the input, what it should be and what it is; or if the tensors are on several devices.
+        ValueError: naming the input, what it should be and what it is; or if the tensors are on several devices, or
+            there is no token.
     """
     check_devices(op, tensors.values())
     sizes: dict[str, int] = {}
@@ -33,6 +38,8 @@ def check_shapes(op: str, shapes: dict[str, str], **tensors: Tensor | None) -> d
             if sizes.setdefault(letter, size) != size:
                 wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
                 raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, wanted ({' '.join(letters)}) = ({wanted})")
+    if sizes.get("t") == 0:
+        raise ValueError(f"{op}: a sequence of no tokens")
     return sizes
 
 
@@ -41,3 +48,13 @@ def check_devices(op: str, tensors: Iterable[Tensor | None]) -> None:
     devices = list(dict.fromkeys(x.device for x in tensors if x is not None))
     if len(devices) > 1:
         raise ValueError(f"{op} wants its inputs on one device, got {devices[0]} and {devices[1]}")
+
+
+def check_dtypes(op: str, takes_complex: bool = False, **tensors: Tensor) -> None:
+    """Raise ValueError on flags that are not of bool and on numbers that are not floating (or complex, if taken)."""
+    for name, x in tensors.items():
+        if name in FLAGS:
+            if x.dtype != torch.bool:
+                raise ValueError(f"{op}: {name} is {x.dtype}, wanted torch.bool")
+        elif not (x.is_floating_point() or (takes_complex and x.is_complex())):
+            raise ValueError(f"{op}: {name} is {x.dtype}, wanted a floating{' or complex' * takes_complex} dtype")

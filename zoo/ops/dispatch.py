@@ -44,16 +44,16 @@ def _checked(name: str) -> str:
     return name
 
 
-_requested = os.environ.get("ZOO_KERNELS", "auto")  # checked where it is used: importing the zoo shall not fail
+_requested = os.environ.get("ZOO_KERNELS") or "auto"  # checked where it is used: importing the zoo shall not fail
 
 
-def requested() -> str:
-    """What `use_backend` or else the environment asks for, a name in `NAMES`.
+def requested(kernels: str = "auto") -> str:
+    """What `use_backend` asks for, or else the environment, or else the caller: a name in `NAMES`.
 
     Raises:
-        ValueError: if the environment asks for an unknown name.
+        ValueError: if that is an unknown name.
     """
-    return _checked(_requested)
+    return _checked(kernels) if _checked(_requested) == "auto" else _requested
 
 
 @contextmanager
@@ -90,8 +90,7 @@ def choose(
     Raises:
         ValueError: if a form was asked for by name and cannot run, or `require` cannot be met. It says why.
     """
-    name = _checked(kernels) if requested() == "auto" else requested()
-    return _choose(op, tuple(forms), torch.device(device).type, str(dtype), name)
+    return _choose(op, tuple(forms), torch.device(device).type, str(dtype), requested(kernels))
 
 
 @torch.compiler.assume_constant_result  # a compiled graph depends on the arguments only, and is told of each
@@ -107,8 +106,12 @@ def _choose_once(op: str, forms: tuple[str, ...], device: str, dtype: str, reque
         if obstacle := _obstacle(op, requested, device, dtype):
             raise ValueError(f"{op} cannot run its {requested!r} backend: {obstacle}")
         return Choice(requested, "asked for by name")
-    meant, reason = KERNEL_FOR.get(device), f"{op} has no kernel for {device}"
-    if meant in forms:
+    meant = KERNEL_FOR.get(device)
+    if meant is None:
+        reason = f"there are no kernels for {device}"
+    elif meant not in forms:
+        return Choice("chunked", f"the form of {op} for {device}: it has no {meant} one")
+    else:
         reason = _obstacle(op, meant, device, dtype)
         if reason is None:
             return Choice(meant, f"the kernel of {op} for {device}")

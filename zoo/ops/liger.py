@@ -20,27 +20,27 @@ LIGER_OPS = ("rms_norm", "swiglu")
 """Those that modules of a model run; the cross entropy belongs to training."""
 
 
-def choose_liger(device: torch.device | str) -> Choice:
-    """`liger` or `torch` for tensors on a device, and why."""
+def choose_liger(device: torch.device | str, kernels: str = "auto") -> Choice:
+    """`liger` or `torch` for tensors on a device, and why; `kernels` is what the caller asks for, as of any op."""
     if torch.device(device).type != "cuda":
         return Choice("torch", f"Liger-Kernel runs on a GPU, not on {torch.device(device).type}")
-    if requested() in ("reference", "chunked"):
-        return Choice("torch", f"{requested()!r} was asked for")
+    if (form := requested(kernels)) in ("reference", "chunked"):
+        return Choice("torch", f"{form!r} was asked for")
     if not _is_installed():
         return Choice("torch", "Liger-Kernel is not installed")
     return Choice("liger", "installed")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension d of x (... d), weight (d)."""
-    if _goes_to_liger(x):
+    if _goes_to_liger(x, kernels):
         return _functional().liger_rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
     """silu(gate) * up, both (... d)."""
-    if _goes_to_liger(gate):
+    if _goes_to_liger(gate, kernels):
         return _functional().liger_swiglu(gate, up)
     return F.silu(gate) * up
 
@@ -58,10 +58,10 @@ def linear_cross_entropy(
     )
 
 
-def _goes_to_liger(x: Tensor) -> bool:
+def _goes_to_liger(x: Tensor, kernels: str) -> bool:
     if torch.compiler.is_compiling() or isinstance(x, DTensor):
         return False
-    return choose_liger(x.device).backend == "liger"
+    return choose_liger(x.device, kernels).backend == "liger"
 
 
 @functools.cache

@@ -34,6 +34,8 @@ template <typename T>
 using Vector = typename VectorOf<T>::type;
 
 // ---- elementary functions, written so that a loop over them becomes vector code -------------------------------------
+//
+// The polynomials of exp and tanh in float are those of the Cephes library (S. Moshier).
 
 // exp(x) to 2 units in the last place; 0 below -87.3, where float has only denormal numbers left.
 inline float exponential(float x) {

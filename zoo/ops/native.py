@@ -43,7 +43,8 @@ def obstacle(op: str) -> str | None:
     """Why the C++ kernels of an op cannot run on this machine, or None; the first call builds them."""
     try:
         _library(op)
-    except (OSError, subprocess.SubprocessError) as error:
+    # RuntimeError: a user without a home; ValueError: CXX or CXXFLAGS with an open quotation
+    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
         reason = _reason(error)
         _warn_once(reason)
         return reason
@@ -104,12 +105,13 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _compiler() -> str:
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    raise FileNotFoundError(f"no C++ compiler ({', '.join(names)})")
+def _compiler() -> list[str]:
+    """The compiler, and the arguments that `CXX` has behind it."""
+    commands = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["g++"], ["clang++"]]
+    for command in commands:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    raise FileNotFoundError(f"no C++ compiler ({', '.join(command[0] for command in commands)})")
 
 
 def _cache_folder() -> Path:
@@ -119,9 +121,9 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _key(source: Path, compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    parts = [source.read_text(), (_HERE / "native.h").read_text(), *_flags(), version, _cpu()]
+def _key(source: Path, compiler: list[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    parts = [source.read_text(), (_HERE / "native.h").read_text(), *compiler[1:], *_flags(), version, _cpu()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -138,13 +140,13 @@ def _cpu() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def _build(compiler: str, source: Path, path: Path) -> None:
+def _build(compiler: list[str], source: Path, path: Path) -> None:
     """Compile and link beside `path`, then move into place, so that processes which build at once do not clash."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.stem}-") as folder:
         compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
         for command in (
-            [compiler, *_flags(), "-I", str(_HERE), "-c", str(source), "-o", str(compiled)],
-            [compiler, *_flags()[len(FLAGS) :], "-shared", str(compiled), "-o", str(linked)],
+            [*compiler, *_flags(), "-I", str(_HERE), "-c", str(source), "-o", str(compiled)],
+            [*compiler, *_flags()[len(FLAGS) :], "-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
         digest = Path(folder, "kernel.sha256")
@@ -155,11 +157,18 @@ def _build(compiler: str, source: Path, path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [""]
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
+        lines = lines or [f"exit status {error.returncode}"]
         return f"the C++ compiler failed: {lines[0]}"
     return f"the C++ kernels cannot be built: {error}"
 
 
-@functools.cache
+_has_warned = False
+
+
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"zoo: {reason}; PyTorch forms run instead ('chunked')", RuntimeWarning, stacklevel=2)
+    """One warning a process, whichever op finds out first; `kernel_report` has the reason for each."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(f"zoo: {reason}; PyTorch forms run instead ('chunked')", RuntimeWarning, stacklevel=2)

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from zoo.ops.checks import check_devices
+from zoo.ops.checks import check_devices, check_dtypes
 from zoo.ops.dispatch import choose
 
 
@@ -33,6 +34,7 @@ class Op:
             `forward(*inputs) -> outputs` and `backward(grads, outputs, *inputs) -> grads`, the latter in the order of
             the tensor inputs, None for those that are absent or have no gradient. Forward gets contiguous tensors.
         backward_reads_outputs: keep the outputs for the backward.
+        takes_complex: whether inputs may be complex.
     """
 
     def __init__(
@@ -45,14 +47,17 @@ class Op:
         states: tuple[str, ...] = ("state",),
         kernels: tuple[str, ...] = (),
         backward_reads_outputs: bool = False,
+        takes_complex: bool = False,
     ):
         self.name = name
         self.forms = ("reference", "chunked", *kernels)
         self._torch_forms = {"reference": reference, "chunked": chunked}
         self._empty_outputs = empty_outputs
-        self._are_states = [parameter in states for parameter in inspect.signature(empty_outputs).parameters]
+        self._parameters = inspect.signature(empty_outputs).parameters
+        self._are_states = [name in states for name in self._parameters]
+        self._takes_complex = takes_complex
         if kernels:
-            self._operator = _define(name, empty_outputs, backward_reads_outputs)
+            self._operator = _define(name, empty_outputs, self._check, backward_reads_outputs)
 
     def __call__(self, *inputs: Any, kernels: str = "auto") -> tuple[Tensor, ...]:
         """Compute the op in the form that `zoo.ops.dispatch` picks.
@@ -63,6 +68,7 @@ class Op:
         Raises:
             ValueError: if the inputs do not agree, or the form asked for cannot run.
         """
+        self._check(*inputs)
         backend = self.form_for(*inputs, kernels=kernels)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         dtype = compute_dtype(*tensors)
@@ -71,10 +77,19 @@ class Op:
             for x, is_state in zip(inputs, self._are_states, strict=True)
         )
         if backend not in self._torch_forms:
+            _refuse_tangents(self.name, tensors)
             return self._operator(*inputs, backend)
         self._empty_outputs(*inputs)  # checks that they agree
         with _no_autocast(tensors[0].device.type):  # products of the state stay in the state's precision
             return self._torch_forms[backend](*inputs)
+
+    def _check(self, *inputs: Any) -> None:
+        """Refuse what a kernel would misread."""
+        for parameter, x in zip(self._parameters.values(), inputs, strict=True):
+            if x is None and parameter.annotation is Tensor:
+                raise ValueError(f"{self.name}: {parameter.name} is missing")
+        named = {name: x for name, x in zip(self._parameters, inputs, strict=True) if isinstance(x, Tensor)}
+        check_dtypes(self.name, self._takes_complex, **named)
 
     def form_for(self, *inputs: Any, kernels: str = "auto") -> str:
         """The form that would compute such inputs."""
@@ -109,11 +124,24 @@ def _no_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
+def _refuse_tangents(op: str, tensors: list[Tensor]) -> None:
+    """A custom operator would lose the tangents of forward-mode differentiation without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise ValueError(f"{op}: kernels have no forward-mode derivative; kernels='chunked' has")
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The numbers as they lie in memory: contiguous, and without a conjugate or a sign that is still to be taken."""
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
 def _has_gradient(x: Tensor | None) -> bool:
     return x is not None and (x.is_floating_point() or x.is_complex())
 
 
-def _define(name: str, empty_outputs: Callable, backward_reads_outputs: bool) -> Callable:
+def _define(name: str, empty_outputs: Callable, check: Callable, backward_reads_outputs: bool) -> Callable:
     """Register `zoo::<name>` and `zoo::<name>_backward`, whose last argument is the kernel to run."""
 
     def kernel(backend: str) -> Any:
@@ -127,13 +155,18 @@ def _define(name: str, empty_outputs: Callable, backward_reads_outputs: bool) ->
 
     def forward(*inputs):
         *inputs, backend = inputs
-        empty_outputs(*inputs)  # checks that they agree, before a pointer goes anywhere
-        return kernel(backend).forward(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs))
+        check(*inputs)  # before a pointer goes anywhere
+        outputs = empty_outputs(*inputs)
+        if all(x.numel() == 0 for x in outputs):
+            return outputs
+        return kernel(backend).forward(*(_plain(x) if isinstance(x, Tensor) else x for x in inputs))
 
     def backward(grads, tensors, outputs, *options):
         *options, backend = options
-        tensors = [None if x is None else x.contiguous() for x in tensors]
-        grads, outputs = ([x.contiguous() for x in group] for group in (grads, outputs))
+        if all(x.numel() == 0 for x in grads):
+            return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tensors if _has_gradient(x)]
+        tensors = [None if x is None else _plain(x) for x in tensors]
+        grads, outputs = ([_plain(x) for x in group] for group in (grads, outputs))
         found = kernel(backend).backward(grads, outputs, *tensors, *options)
         return [grad for grad, x in zip(found, tensors, strict=True) if _has_gradient(x)]
 

@@ -86,8 +86,8 @@ def cell_scan(
         mask: (b t), False at padding: the state stays as it is there and the output is 0. None: no padding.
         segments: (b t) ids of the documents packed in a row; each starts from a state of zeros, but the row's first,
             which continues `state`. None: one document a row.
-        kernels: which form runs (`zoo.ops.dispatch`). On a GPU, `auto` takes `chunked` for heads wider than the Triton
-            kernel holds, 128 channels.
+        kernels: which form runs (`zoo.ops.dispatch`). The Triton kernel holds heads of at most 128 channels; wider
+            ones need `chunked` there.
 
     Returns:
         h at every token, (b t h d), and the state after the last one, both in the dtype of the state.
@@ -98,8 +98,6 @@ def cell_scan(
     parts = {f"state[{i}]": part for i, part in enumerate(state)}
     shapes = {"recurrent": "h d gd", "x": "b t h gd", "bias": "h gd", **dict.fromkeys(parts, "b h d")}
     check_shapes("cell_scan", shapes, recurrent=recurrent, x=x, bias=bias, **parts)
-    if kernels == "auto" and x.is_cuda and recurrent.shape[1] > LARGEST_TRITON_HEAD:
-        kernels = "chunked"
     (x,) = fill_padding(mask, 0.0, x)
     y, end = OP(
         x, recurrent, bias, torch.stack(state, dim=1), mask, segment_starts(segments, mask, x), cell, kernels=kernels

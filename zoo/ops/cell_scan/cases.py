@@ -15,7 +15,7 @@ def _inputs(cell: str, draw: Draw, t: int) -> Inputs:
     h, d = draw.size(2), draw.size(19)
     width = CELLS[cell].gates * d
     return {
-        "x": 2 * draw.normal(3, t, h, width),
+        "x": 2 * draw.normal(3, t, h, width) + 40 * (draw.uniform(3, t, h, width) < 0.1) * draw.normal(3, t, h, width),
         "recurrent": draw.normal(h, d, width) / d**0.5,
         "bias": draw.normal(h, width),
         "state": tuple(draw.normal(3, h, d) for _ in range(CELLS[cell].states)),

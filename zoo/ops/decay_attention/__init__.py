@@ -17,7 +17,7 @@ Letters: b batch, t tokens, h heads, d key width, e value width.
 import torch
 from torch import Tensor
 
-from zoo.ops.checks import check_shapes
+from zoo.ops.checks import check_dtypes, check_shapes
 from zoo.ops.decay_attention.chunked import decay_attention_chunked
 from zoo.ops.decay_attention.reference import decay_attention_reference, normalized_decay_attention_reference
 from zoo.ops.op import Op, compute_dtype
@@ -54,10 +54,10 @@ def _empty_outputs(
     check_shapes("decay_attention", shapes, **dict(zip(shapes, tensors, strict=True)))
     y, end = v.new_empty(v.shape), state.new_empty(state.shape)
     if normalizer is None:
-        return y, end, v.new_empty(0), state.new_empty(0)
+        return y, end, state.new_empty(0), state.new_empty(0)
     if vector or bonus is not None:
         raise ValueError("decay_attention: a normalizer goes with one decay a head and without a bonus")
-    return y, end, v.new_empty(log_decay.shape), normalizer.new_empty(normalizer.shape)
+    return y, end, state.new_empty(log_decay.shape), normalizer.new_empty(normalizer.shape)
 
 
 OP = Op(
@@ -159,7 +159,9 @@ def normalized_decay_attention(
     shapes = {"q": "b t h d", "k": "b t h d", "v": "b t h e", "log_decay": "b t h", "log_input": "b t h"}
     shapes |= {"S": "b h d e", "n": "b h d", "m": "b h"}
     tensors = (q, k, v, log_decay, log_input, matrix, normalizer, maximum)
-    check_shapes("normalized_decay_attention", shapes, **dict(zip(shapes, tensors, strict=True)))
+    named = dict(zip(shapes, tensors, strict=True))
+    check_shapes("normalized_decay_attention", shapes, **named)
+    check_dtypes("normalized_decay_attention", **named)
     form = OP.form_for(q, k, v, log_decay, matrix, normalizer, kernels=kernels)
     if form == "reference":
         dtype = compute_dtype(q, k, v, log_decay, matrix)

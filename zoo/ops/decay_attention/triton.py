@@ -27,22 +27,36 @@ def forward(
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if normalizer is not None:  # it is one more value, always 1
-        v, e = _append(v, v.new_ones(v.shape[:-1])), v.shape[-1]
-        y, end, _, _ = forward(q, k, v, log_decay, _append(state, normalizer), None, None, starts)
-        return tuple(x.contiguous() for x in (y[..., :e], end[..., :e], y[..., e], end[..., e]))
+        wide, e = _append(v, v.new_ones(v.shape[:-1])), v.shape[-1]
+        y, end = _forward(q, k, wide, log_decay, _append(state, normalizer), None, starts, state.dtype)
+        return tuple(x.contiguous() for x in (y[..., :e].to(v.dtype), end[..., :e], y[..., e], end[..., e]))
+    y, end = _forward(q, k, v, log_decay, state, bonus, starts, v.dtype)
+    return y, end, state.new_empty(0), state.new_empty(0)
 
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    bonus: Tensor | None,
+    starts: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y in the given dtype, and the last state."""
     end = torch.empty_like(state)
     reads, log_decay = _reset(q, log_decay, bonus, starts)
     reads, writes, written = _in_one_dtype(reads, k, v)
     if bonus is None:
-        y = torch.empty_like(v)
+        y = torch.empty_like(v, dtype=dtype)
         run = forward_scalar if log_decay.dim() == 3 else forward_vector
         run(reads, writes, written, log_decay, state, y, end)
     else:
         y = torch.empty_like(v, dtype=torch.float32)
         forward_vector(reads, writes, written, _per_key(log_decay, q), state, y, end, shift=1)
-        y = y.addcmul_(_read_itself(q, k, bonus), v).to(v.dtype)
-    return y, end, v.new_empty(0), state.new_empty(0)
+        y = y.addcmul_(_read_itself(q, k, bonus), v).to(dtype)
+    return y, end
 
 
 def backward(
@@ -101,15 +115,19 @@ def ahead_of_time() -> dict[str, tuple[Tensor | None, ...]]:
 
         b, t, h = 8, 4096, 2048 // e
         keys, float32 = empty(b, t, h, d), torch.float32
-        log_decay = empty(b, t, h, dtype=float32) if decay == "scalar" else empty(b, t, h, d, dtype=float32)
+        by_head = decay in ("scalar", "normalized")
+        log_decay = empty(b, t, h, dtype=float32) if by_head else empty(b, t, h, d, dtype=float32)
         state, bonus = empty(b, h, d, e, dtype=float32), empty(h, d, dtype=float32) if decay == "bonus" else None
-        return keys, keys, empty(b, t, h, e), log_decay, state, bonus, None, None
+        normalizer = empty(b, h, d, dtype=float32) if decay == "normalized" else None
+        return keys, keys, empty(b, t, h, e), log_decay, state, bonus, normalizer, None
 
     return {
         "scalar d64 e64 bfloat16": inputs(64, 64, "scalar"),  # RetNet, Mamba-2
         "scalar d128 e64 bfloat16": inputs(128, 64, "scalar"),  # Mamba-2
         "scalar d128 e128 bfloat16": inputs(128, 128, "scalar"),
         "scalar d64 e64 float32": inputs(64, 64, "scalar", torch.float32),
+        "normalized d64 e64 bfloat16": inputs(64, 64, "normalized"),
+        "normalized d256 e512 bfloat16": inputs(256, 512, "normalized"),  # xLSTM-7B
         "vector d64 e64 bfloat16": inputs(64, 64, "vector"),
         "vector d128 e128 bfloat16": inputs(128, 128, "vector"),  # GLA
         "vector d64 e64 float32": inputs(64, 64, "vector", torch.float32),

@@ -92,7 +92,8 @@ def _read_chunks(
     """y (b t h e) from q, k (b t h d), v (b t h e) and the states (b h n d e), transposed (b h n e d)."""
     b, t, h, d = q.shape
     e, chunks, tiling = v.shape[-1], states.shape[2], _tiling(v.dtype)
-    block_e = block_size(e, tiling.outer)
+    widest = 64 if target() == "sm_80" and d > 128 else tiling.outer  # its registers hold no more there
+    block_e = block_size(e, widest)
     constants = {
         "D": d,
         "E": e,

@@ -3,8 +3,8 @@
     loss_i = log sum_j exp(x_i . w_j) - x_i . w_label(i)  +  z_loss (log sum_j exp(x_i . w_j))^2
 
 The second term, off by default, keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al., 2022, arXiv:2204.02311,
-section 5). Tokens are taken some at a time, as in Cut Cross-Entropy (Wijmans et al., 2024, arXiv:2411.09009) and in
-Liger Kernel (Hsu et al., 2024, arXiv:2410.10989): gradients are computed along with the loss, while logits are there.
+section 5). Tokens are taken some at a time (Cut Cross-Entropy: Wijmans et al., 2024, arXiv:2411.09009), and gradients
+are computed along with the loss, while logits are there (Liger-Kernel: Hsu et al., 2024, arXiv:2410.10989).
 """
 
 from torch import Tensor
@@ -63,7 +63,7 @@ def linear_cross_entropy(
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
     _empty_outputs(hidden, weight, bias, labels)  # checks that they agree
     run = _FORMS[form]
-    if kernels not in _FORMS and choose_liger(hidden.device).backend == "liger":
+    if choose_liger(hidden.device, kernels).backend == "liger":
         check_labels(labels, ignore_index, len(weight))
         run = liger_cross_entropy
     total = run(hidden, weight, bias, labels, ignore_index, z_loss)

@@ -4,7 +4,9 @@ from torch import Tensor
 
 
 def check_labels(labels: Tensor, ignore_index: int, v: int) -> None:
-    """Raise ValueError on a label that is neither `ignore_index` nor from 0 to v-1."""
+    """Raise ValueError on labels that are no integers, or one that is neither `ignore_index` nor from 0 to v-1."""
+    if labels.is_floating_point():
+        raise ValueError(f"linear_cross_entropy: labels are {labels.dtype}, wanted integers")
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= v))]
     if wrong.numel():
         raise ValueError(

@@ -6,7 +6,6 @@ The RG-LRU of Griffin (De et al., 2024, arXiv:2402.19427, eq. 4), the LRU (Orvie
 and b complex), S5, HGRN, minGRU and minLSTM.
 """
 
-import torch
 from torch import Tensor
 
 from zoo.ops.checks import check_shapes
@@ -28,6 +27,7 @@ OP = Op(
     chunked=linear_scan_chunked,
     kernels=("native", "triton"),
     backward_reads_outputs=True,
+    takes_complex=True,
 )
 
 
@@ -60,7 +60,7 @@ def linear_scan(
     starts = segment_starts(segments, mask, b)
     if starts is not None:
         a = a.masked_fill(starts[..., None], 0.0)
-    if torch.is_complex(b) or torch.is_complex(state):
-        a, b, state = (x if x.is_complex() else x.to(x.dtype.to_complex()) for x in (a, b, state))
+    if any(x.is_complex() for x in (a, b, state)):
+        a, b, state = (x.to(x.dtype.to_complex()) if x.is_floating_point() else x for x in (a, b, state))
     h, state = OP(a, b, state, kernels=kernels)
     return *fill_padding(mask, 0.0, h), state

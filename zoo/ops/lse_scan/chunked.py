@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.ops import linear_scan
+from zoo.ops.linear_scan.chunked import linear_scan_chunked
 from zoo.ops.lse_scan.reference import EMPTY, add, average, forget, lse_scan_reference
 
 
@@ -35,8 +35,8 @@ def lse_scan_chunked(
     maxima = _running_maxima(k, log_decay, maximum)
     maxima_before = torch.cat([maximum[:, None], maxima[:, :-1]], dim=1)
     keep, weight = ((maxima_before - maxima) + log_decay).exp(), (k - maxima).exp()
-    nums, num_end = linear_scan.OP(keep, weight * v, num)
-    dens, den_end = linear_scan.OP(keep, weight, den)
+    nums, num_end = linear_scan_chunked(keep, weight * v, num)
+    dens, den_end = linear_scan_chunked(keep, weight, den)
 
     if bonus is None:
         y = average((nums, dens, maxima))

@@ -89,7 +89,7 @@ def product(x, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
 x = torch.empty(128, 128, device="meta")
 for size, precision, warps in ((128, "tf32", 1), (32, "ieee", 4), (64, "tf32", 4)):
-    row = ahead_of_time.Row("", "", "", "sm_90", "", 0, 0, "")
+    row = ahead_of_time.Row("op", "product", "main", "sm_90", "", "", warps, 1, "source")
     launch = Launch(product, (x, x), {"SIZE": size, "PRECISION": precision}, warps, 1)
     print(ahead_of_time._compile(row, launch).why)
 """

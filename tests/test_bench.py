@@ -146,7 +146,9 @@ def test_compiled_rows_of_other_ops_stay(tmp_path, monkeypatch, capsys):
     def compile_all(ops):
         (op,) = ops
         return [
-            aot.Row(op, "forward", "main", "sm_90", "", 4, 2, 255, 8, 0, 0, 0, "", "chunked", "8 bytes of stack", "3")
+            aot.Row(
+                op, "forward", "main", "sm_90", "", "", 4, 2, "", stack=8, verdict="chunked", why="8 bytes of stack"
+            )
         ]
 
     monkeypatch.setattr(aot.ahead_of_time, "compile_all", compile_all)

@@ -53,8 +53,10 @@ class Op:
         self.forms = ("reference", "chunked", *kernels)
         self._torch_forms = {"reference": reference, "chunked": chunked}
         self._empty_outputs = empty_outputs
-        self._parameters = inspect.signature(empty_outputs).parameters
-        self._are_states = [name in states for name in self._parameters]
+        parameters = inspect.signature(empty_outputs).parameters.values()
+        self._names = tuple(parameter.name for parameter in parameters)
+        self._are_required = tuple(parameter.annotation is Tensor for parameter in parameters)
+        self._are_states = tuple(name in states for name in self._names)
         self._takes_complex = takes_complex
         if kernels:
             self._operator = _define(name, empty_outputs, self._check, backward_reads_outputs)
@@ -85,10 +87,10 @@ class Op:
 
     def _check(self, *inputs: Any) -> None:
         """Refuse what a kernel would misread."""
-        for parameter, x in zip(self._parameters.values(), inputs, strict=True):
-            if x is None and parameter.annotation is Tensor:
-                raise ValueError(f"{self.name}: {parameter.name} is missing")
-        named = {name: x for name, x in zip(self._parameters, inputs, strict=True) if isinstance(x, Tensor)}
+        for name, is_required, x in zip(self._names, self._are_required, inputs, strict=True):
+            if x is None and is_required:
+                raise ValueError(f"{self.name}: {name} is missing")
+        named = {name: x for name, x in zip(self._names, inputs, strict=True) if isinstance(x, Tensor)}
         check_dtypes(self.name, self._takes_complex, **named)
 
     def form_for(self, *inputs: Any, kernels: str = "auto") -> str:

@@ -45,8 +45,7 @@ def fill_padding(mask: Tensor | None, value: float, *sequences: Tensor) -> tuple
         return sequences
     for x in sequences:
         check_mask(mask, x)
-    padding = ~mask
-    return tuple(x.masked_fill(padding.reshape(*padding.shape, *[1] * (x.dim() - 2)), value) for x in sequences)
+    return tuple(x.masked_fill(_expand(~mask, x), value) for x in sequences)
 
 
 def check_mask(mask: Tensor, x: Tensor) -> None:

@@ -93,7 +93,8 @@ def smaller_config(name: str):
     """The preset with its last layer left out."""
     config = zoo.create_config(name, vocab_size=VOCABULARY)
     n = config.num_hidden_layers - 1
-    return zoo.create_config(name, vocab_size=VOCABULARY, num_hidden_layers=n, mixers=config.mixers[:n])
+    mixers = {"mixers": config.mixers[:n], "channel_mixers": config.channel_mixers[:n]}
+    return zoo.create_config(name, vocab_size=VOCABULARY, num_hidden_layers=n, **mixers)
 
 
 def ids(b: int, t: int, seed: int = 0) -> Tensor:
@@ -382,9 +383,10 @@ def test_an_overridden_configuration_is_whole(name, tmp_path):
     """What from_pretrained changes in a configuration is checked like what was there from the start."""
     make(name).save_pretrained(tmp_path)
     config = smaller_config(name)
-    changes = {"num_hidden_layers": config.num_hidden_layers, "mixers": config.mixers}
+    changes = {key: getattr(config, key) for key in ("num_hidden_layers", "mixers", "channel_mixers")}
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path, **changes)
-    assert len(smaller.model.layers) == len(smaller.config.layer_types) == config.num_hidden_layers
+    assert len(smaller.model.layers) == config.num_hidden_layers
+    assert smaller.config.layer_types == config.layer_types == [x.layer_type for x in smaller.model.keepers()]
     smaller.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="mixers names"):
@@ -439,9 +441,9 @@ def test_autocast(name):
     out.loss.backward()
     assert (out.loss - expected).abs() <= 0.02 * expected
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    for block, layer in zip(model.model.layers, out.past_key_values.layers, strict=True):
+    for keeper, layer in zip(model.model.keepers(), out.past_key_values.layers, strict=True):
         if isinstance(layer, RecurrentStateLayer):
-            declared = block.mixer.state_shapes(model.config, block.mixer.layer_idx).values()
+            declared = keeper.state_shapes(model.config, keeper.layer_idx).values()
             assert all(s.dtype == d for s, (_, d) in zip(layer.states, declared, strict=True) if d is not None)
 
 
@@ -845,9 +847,9 @@ def test_bfloat16_with_extreme_gates(name):
     assert out.loss.isfinite()
     assert embeds.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    for block, layer in zip(model.model.layers, out.past_key_values.layers, strict=True):
+    for keeper, layer in zip(model.model.keepers(), out.past_key_values.layers, strict=True):
         if isinstance(layer, RecurrentStateLayer):
-            declared = block.mixer.state_shapes(model.config, block.mixer.layer_idx).values()
+            declared = keeper.state_shapes(model.config, keeper.layer_idx).values()
             for state, (_, dtype) in zip(layer.states, declared, strict=True):
                 assert state.dtype == (dtype or torch.bfloat16)
 

@@ -302,15 +302,15 @@ def load_state(path: str | os.PathLike, model) -> DynamicCache:
     cache, lengths = DynamicCache(config=model.config), json.loads(metadata["lengths"])
     if len(lengths) != len(cache.layers):
         raise ValueError(f"{path} holds {len(lengths)} layers, the model has {len(cache.layers)}")
-    blocks = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model.layers
-    for index, (layer, block, length) in enumerate(zip(cache.layers, blocks, lengths, strict=True)):
-        expected = {name: tuple(shape) for name, shape in block.mixer.saved_shapes(length).items()}
+    keepers = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model.keepers()
+    for index, (layer, keeper, length) in enumerate(zip(cache.layers, keepers, lengths, strict=True)):
+        expected = {name: tuple(shape) for name, shape in keeper.saved_shapes(length).items()}
         prefix = f"layers.{index}."
         found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         shapes = {name: tuple(x.shape[1:]) for name, x in found.items()}
         if shapes != expected:
             raise ValueError(f"{path} does not fit layer {index} of the model: it holds {shapes}, wanted {expected}")
-        kept = block.mixer.saved_dtypes(model.dtype)
+        kept = keeper.saved_dtypes(model.dtype)
         tensors_of_layer = tuple(found[name].to(kept[name]) for name in expected)
         if isinstance(layer, RecurrentStateLayer):
             layer.write(tensors_of_layer, length)

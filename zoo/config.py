@@ -1,5 +1,6 @@
 """The configuration fields that every model of the zoo shares; a plugin's config adds only its own."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +10,9 @@ from transformers.activations import ACT2FN
 from zoo import registry
 from zoo.errors import unknown_name
 from zoo.ops.dispatch import NAMES as KERNELS
+
+NO_MIXER = "none"
+"""In `channel_mixers`, a layer that mixes tokens only."""
 
 
 @strict
@@ -24,7 +28,8 @@ class ZooConfig(PreTrainedConfig):
         intermediate_size: inner width of the channel mixer.
         hidden_act: activation of its gate, a name of `transformers.activations.ACT2FN`.
         mixers: names of registered mixers, one a layer; a shorter list repeats. Default: the architecture's own.
-        rms_norm_eps: added to the mean square in every RMS norm.
+        channel_mixers: names of registered channel mixers, likewise, or "none" for a layer without one.
+        norm_eps: added to the mean square or the variance in every norm.
         initializer_range: standard deviation of freshly drawn weights that have no rule of their own.
         use_cache: whether evaluation returns a cache unless told otherwise.
         tie_word_embeddings: whether the head shares the embedding's weights.
@@ -32,12 +37,13 @@ class ZooConfig(PreTrainedConfig):
         kernels: which form of each op runs, a name of `zoo.ops.dispatch.NAMES`: `auto` the fastest, `require` the
             kernels made for the device or an error. As `attn_implementation` it is not saved with a model.
 
-    A field with a default that depends on others is None until `fill_defaults`, which a subclass extends. From `mixers`
-    follows `layer_types`, which cache layer and mask each layer takes.
+    A field with a default that depends on others is None until `fill_defaults`, which a subclass extends. From the
+    mixers follows `layer_types`: the kinds of the layers of a cache, one for each mixer that keeps something.
     """
 
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
     default_mixers: ClassVar[tuple[str, ...]] = ()
+    default_channel_mixers: ClassVar[tuple[str, ...]] = ("gated_mlp",)
     sizes: ClassVar[tuple[str, ...]] = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     """Fields that must be positive."""
 
@@ -47,7 +53,8 @@ class ZooConfig(PreTrainedConfig):
     intermediate_size: int = 1408
     hidden_act: str = "silu"
     mixers: list[str] | None = None
-    rms_norm_eps: float = 1e-6
+    channel_mixers: list[str] | None = None
+    norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -70,21 +77,40 @@ class ZooConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def settle_layers(self) -> None:
-        """Repeat `mixers` to one a layer, and derive `layer_types`.
+        """Repeat `mixers` and `channel_mixers` to one a layer, and derive `layer_types`.
 
         Raises:
-            ValueError: if there are more mixers than layers, or a mixer is unknown or needs fields that are not here.
+            ValueError: if either names more layers than there are, or a mixer that is unknown or needs other fields.
         """
-        pattern = self.mixers or list(self.default_mixers)
-        if not 0 < len(pattern) <= self.num_hidden_layers:
-            raise ValueError(f"mixers names {len(pattern)} layers, num_hidden_layers is {self.num_hidden_layers}")
-        self.mixers = [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)]
-        for name in dict.fromkeys(self.mixers):
-            if missing := [f for f in registry.find_mixer(name).config_fields if not hasattr(self, f)]:
+        self.mixers = self._settle("mixers", self.mixers or self.default_mixers, registry.find_mixer)
+        self.channel_mixers = self._settle(
+            "channel_mixers", self.channel_mixers or self.default_channel_mixers, registry.find_channel_mixer
+        )
+        self.layer_types = [keeper.layer_type for keeper, _ in self.keepers()]
+
+    def _settle(self, field: str, pattern: Sequence[str], find: Callable[[str], type]) -> list[str]:
+        n = self.num_hidden_layers
+        if not 0 < len(pattern) <= n:
+            raise ValueError(f"{field} names {len(pattern)} layers, num_hidden_layers is {n}")
+        for name in dict.fromkeys(pattern):
+            if name == NO_MIXER and field == "channel_mixers":
+                continue
+            if missing := [f for f in find(name).config_fields if not hasattr(self, f)]:
                 raise ValueError(
                     f"mixer {name!r} needs {', '.join(missing)}, which {type(self).__name__} does not have"
                 )
-        self.layer_types = [registry.find_mixer(name).layer_type for name in self.mixers]
+        return [pattern[i % len(pattern)] for i in range(n)]
+
+    def keepers(self) -> list[tuple[type, int]]:
+        """The mixer classes that keep something of a sequence, in the order of a cache's layers, each with its layer.
+
+        The mixers stand first, one a layer; behind them come the channel mixers with a state.
+        """
+        mixers = [(registry.find_mixer(name), i) for i, name in enumerate(self.mixers)]
+        channel_mixers = [
+            (registry.find_channel_mixer(name), i) for i, name in enumerate(self.channel_mixers) if name != NO_MIXER
+        ]
+        return mixers + [(mixer, i) for mixer, i in channel_mixers if mixer.layer_type is not None]
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()

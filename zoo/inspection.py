@@ -32,9 +32,7 @@ def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torc
     dtype = dtype or config.dtype or torch.float32
     if isinstance(dtype, str):  # saving a model turns the dtype of its configuration into a name
         dtype = getattr(torch, dtype)
-    return sum(
-        registry.find_mixer(name).state_bytes(config, index, length, dtype) for index, name in enumerate(config.mixers)
-    )
+    return sum(keeper.state_bytes(config, layer_idx, length, dtype) for keeper, layer_idx in config.keepers())
 
 
 class ModelSummary(NamedTuple):

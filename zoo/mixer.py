@@ -125,14 +125,14 @@ def _expand_index(order: Tensor, x: Tensor) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """A layer that lets tokens see earlier ones: attention, or a recurrence.
+    """Half a layer: what lets tokens see earlier ones (attention, a recurrence), or what mixes the channels of each.
 
     Every mixer is built as `Mixer(config, layer_idx)` and called as `forward` says. Recurrent ones derive from
     `RecurrentMixer` and write `scan` instead.
     """
 
-    layer_type: ClassVar[str]
-    """Which cache layer and which mask it takes: an entry of `config.layer_types`."""
+    layer_type: ClassVar[str | None] = None
+    """Which cache layer and which mask it takes: an entry of `config.layer_types`; None: it keeps nothing."""
     ops: ClassVar[tuple[str, ...]] = ()
     """Names of the ops of `zoo.ops` it runs on."""
     config_fields: ClassVar[tuple[str, ...]] = ()
@@ -143,6 +143,7 @@ class Mixer(nn.Module):
     def __init__(self, config: ZooConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
+        self.cache_idx = layer_idx  # the model sets another for a channel mixer
 
     def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
         """Mix the tokens of a call with each other and with what the cache holds.
@@ -151,7 +152,7 @@ class Mixer(nn.Module):
             x: activations, (b t d).
             shared: values that the layers below left.
             tokens: positions, padding and documents.
-            cache: the model's cache, whose layer `layer_idx` is read and written; None: a whole sequence without one.
+            cache: the model's cache, whose layer `cache_idx` is read and written; None: a whole sequence without one.
 
         Returns:
             The mixed activations, (b t d), and what the layers above shall find in `shared`.
@@ -220,7 +221,7 @@ class RecurrentMixer(Mixer):
         if cache is None:
             y, _, shared = self._run(x, shared, tokens, None)
             return y, shared
-        memory = cache.layers[self.layer_idx]
+        memory = cache.layers[self.cache_idx]
         if memory.record_past:
             return self._run_recorded(x, shared, tokens, memory)
         y, state, shared = self._run(x, shared, tokens, memory.states)

@@ -26,20 +26,25 @@ from transformers.utils.output_capturing import capture_outputs
 
 from zoo import registry
 from zoo.cache import RECURRENT, RecurrentStateLayer, recurrent_mask
-from zoo.config import ZooConfig
+from zoo.config import NO_MIXER, ZooConfig
 from zoo.mixer import Mixer, Shared, Tokens
-from zoo.nn import GatedMLP, RMSNorm, SoftmaxAttention
+from zoo.nn import RMSNorm, ShortConv, SoftmaxAttention
 
 
 class Block(GradientCheckpointingLayer):
     """One layer: the tokens are mixed, then the channels, each behind a norm and beside a residual connection."""
 
+    norm_class: type[nn.Module] = RMSNorm
+    """Of all norms on the residual stream, built as `Norm(config)`."""
+
     def __init__(self, config: ZooConfig, layer_idx: int):
         super().__init__()
-        self.mixer_norm = RMSNorm(config)
+        self.mixer_norm = self.norm_class(config)
         self.mixer: Mixer = registry.find_mixer(config.mixers[layer_idx])(config, layer_idx)
-        self.channel_norm = RMSNorm(config)
-        self.channel_mixer = GatedMLP(config)
+        self.channel_mixer: Mixer | None = None
+        if (name := config.channel_mixers[layer_idx]) != NO_MIXER:
+            self.channel_norm = self.norm_class(config)
+            self.channel_mixer = registry.find_channel_mixer(name)(config, layer_idx)
 
     def forward(
         self, x: Tensor, shared: Shared, tokens: Tokens, past_key_values: Cache | None = None
@@ -47,7 +52,10 @@ class Block(GradientCheckpointingLayer):
         """x (b t d) and the values left below -> x (b t d) and the values left for the layers above."""
         y, shared = self.mixer(self.mixer_norm(x), shared, tokens, past_key_values)
         x = x + y
-        return x + self.channel_mixer(self.channel_norm(x)), shared
+        if self.channel_mixer is None:
+            return x, shared
+        y, shared = self.channel_mixer(self.channel_norm(x), shared, tokens, past_key_values)
+        return x + y, shared
 
     def reset_parameters(self) -> None:
         """Initialise what the architecture draws by a rule of its own, with `transformers.initialization` only."""
@@ -85,7 +93,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Block, Mixer)):
+        if isinstance(module, (Block, Mixer, ShortConv)):
             module.reset_parameters()
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -128,7 +136,9 @@ class ZooModel(ZooPreTrainedModel):
         config.settle_layers()  # from_pretrained sets fields after the configuration is made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        for index, keeper in enumerate(self.keepers()):
+            keeper.cache_idx = index
+        self.norm = self.block_class.norm_class(config)
         self.rotary = LlamaRotaryEmbedding(config) if getattr(config, "rope_parameters", None) else None
         self.gradient_checkpointing = False
         self._no_split_modules = [self.block_class.__name__]
@@ -191,6 +201,11 @@ class ZooModel(ZooPreTrainedModel):
             shared=shared or None,
             segments=tokens.segments,
         )
+
+    def keepers(self) -> list[Mixer]:
+        """The mixers that keep something of a sequence, in the order of a cache's layers (`ZooConfig.keepers`)."""
+        channel_mixers = [layer.channel_mixer for layer in self.layers if layer.channel_mixer is not None]
+        return [layer.mixer for layer in self.layers] + [m for m in channel_mixers if m.layer_type is not None]
 
     def run_layers(self, x: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Shared]:
         """Embeddings (b t d) -> the residual stream after the last block (b t d), and the values the layers left."""

@@ -1,4 +1,4 @@
-"""Parts that several architectures use: the gated MLP, softmax attention over everything or over a window, rotations.
+"""Parts that several architectures use: norms, the gated MLP, a short convolution, softmax attention, rotations.
 
 Letters: b batch, t queries, s keys, h heads, d head width, r rotated width.
 """
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -18,6 +19,7 @@ from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
 from zoo.ops.liger import rms_norm, swiglu
+from zoo.ops.short_conv import short_conv
 
 
 class RMSNorm(nn.RMSNorm):
@@ -26,19 +28,54 @@ class RMSNorm(nn.RMSNorm):
     ops = ("rms_norm",)
 
     def __init__(self, config: ZooConfig):
-        super().__init__(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config.hidden_size, config.norm_eps)
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.config.kernels)
 
 
-class GatedMLP(nn.Module):
-    """The gated channel mixer, `down(act(gate(x)) * up(x))`: SwiGLU with the default activation (arXiv:2002.05202)."""
+class LayerNorm(nn.LayerNorm):
+    """The layer norm over the last dimension (arXiv:1607.06450), with a bias."""
 
     def __init__(self, config: ZooConfig):
+        super().__init__(config.hidden_size, config.norm_eps)
+
+
+class ShortConv(nn.Module):
+    """A causal convolution of each channel along the tokens; its state are the last inputs (`zoo.ops.short_conv`)."""
+
+    ops = ("short_conv",)
+
+    def __init__(self, config: ZooConfig, channels: int, width: int, bias: bool = True):
         super().__init__()
         self.config = config
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    @staticmethod
+    def state_shape(channels: int, width: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """The entry of `RecurrentMixer.state_shapes` for such a convolution."""
+        return (width - 1, channels), torch.float32
+
+    def forward(self, x: Tensor, state: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """x (b t d), the inputs before (b w-1 d) -> y (b t d), the last inputs (b w-1 d)."""
+        weight = self.weight.squeeze(1)
+        return short_conv(x, weight, self.bias, state, tokens.mask, tokens.segments, kernels=self.config.kernels)
+
+    def reset_parameters(self) -> None:
+        """As `torch.nn.Conv1d` draws them: uniform within width^(-1/2)."""
+        bound = self.weight.shape[-1] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.uniform_(self.bias, -bound, bound)
+
+
+class GatedMLP(Mixer):
+    """The gated channel mixer, `down(act(gate(x)) * up(x))`: SwiGLU with the default activation (arXiv:2002.05202)."""
+
+    def __init__(self, config: ZooConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -46,9 +83,10 @@ class GatedMLP(nn.Module):
         self.is_swiglu = config.hidden_act in ("silu", "swish")
         self.ops = ("swiglu",) if self.is_swiglu else ()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up, self.config.kernels) if self.is_swiglu else self.act(gate) * up)
+        y = swiglu(gate, up, self.config.kernels) if self.is_swiglu else self.act(gate) * up
+        return self.down_proj(y), shared
 
 
 # -- rotations ---------------------------------------------------------------------------------------------------------
@@ -144,7 +182,7 @@ class Attention(_GroupedQueries, Mixer):
     def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
         q, k, v = self._project(x, tokens)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            k, v = cache.update(k, v, self.cache_idx)
         y, _ = self.attention(q, k, v, tokens.attention_masks[self.layer_type], **tokens.attention_options)
         return self.o_proj(y), shared
 

@@ -48,6 +48,7 @@ class Plugin:
         models: its model classes; the end of a class's name says which Auto class offers it.
         presets: configurations by name, each the fields that differ from the config's defaults. One ends in `-tiny`.
         mixers: the mixer classes it offers, by name, to every model whose configuration has their `config_fields`.
+        channel_mixers: likewise, what can stand in the second half of a layer.
         lora_targets: names of the linear modules that a LoRA adapter should cover, as peft's `target_modules`.
         paper: where it was published.
         unkept: promises of the contract test that the architecture cannot keep, each with the reason; the call must
@@ -57,6 +58,7 @@ class Plugin:
     models: tuple[type[PreTrainedModel], ...]
     presets: Mapping[str, Mapping[str, Any]]
     mixers: Mapping[str, type] = field(default_factory=dict)
+    channel_mixers: Mapping[str, type] = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ()
     paper: str = ""
     unkept: Mapping[str, str] = field(default_factory=dict)
@@ -105,7 +107,7 @@ def register(name: str, plugin: Plugin) -> None:
     """
     if not isinstance(plugin, Plugin):
         raise ValueError(f"PLUGIN of {name!r} is a {type(plugin).__name__}, not a zoo.Plugin")
-    for kind in ("presets", "mixers"):
+    for kind in ("presets", "mixers", "channel_mixers"):
         for other, registered in _plugins.items():
             if taken := getattr(registered, kind).keys() & getattr(plugin, kind).keys():
                 raise ValueError(
@@ -143,6 +145,16 @@ def find_mixer(name: str) -> type:
         ValueError: on an unknown name; the nearest known ones are suggested.
     """
     return _find("mixer", name, {key: mixer for plugin in _plugins.values() for key, mixer in plugin.mixers.items()})
+
+
+def find_channel_mixer(name: str) -> type:
+    """The channel mixer class of that name.
+
+    Raises:
+        ValueError: on an unknown name; the nearest known ones are suggested.
+    """
+    known = {key: mixer for plugin in _plugins.values() for key, mixer in plugin.channel_mixers.items()}
+    return _find("channel mixer", name, known)
 
 
 def find_preset(name: str) -> Plugin:

@@ -94,7 +94,7 @@ class Retention(RecurrentMixer):
         y, matrix = decay_attention(
             *(q, k, v, self._log_decay(matrix), matrix, tokens.mask, tokens.segments), kernels=self.config.kernels
         )
-        y = F.rms_norm(y, y.shape[-1:], eps=self.config.rms_norm_eps).flatten(-2)
+        y = F.rms_norm(y, y.shape[-1:], eps=self.config.norm_eps).flatten(-2)
         length = x.shape[1] if tokens.mask is None else tokens.mask.sum(dim=1)
         return self.o_proj(F.silu(self.g_proj(x)) * y), (matrix, position + length)
 

@@ -7,7 +7,7 @@ from zoo.plugins.transformer.modeling import (
     TransformerModel,
 )
 
-from zoo.nn import Attention, SlidingWindowAttention
+from zoo.nn import Attention, GatedMLP, SlidingWindowAttention
 from zoo.registry import Plugin
 
 _TINY = {
@@ -28,6 +28,7 @@ PLUGIN = Plugin(
         TransformerForTokenClassification,
     ),
     mixers={"attention": Attention, "sliding_attention": SlidingWindowAttention},
+    channel_mixers={"gated_mlp": GatedMLP},
     presets={
         "transformer-tiny": _TINY,
         "transformer-sliding-tiny": {**_TINY, "mixers": ["sliding_attention", "attention"], "sliding_window": 32},

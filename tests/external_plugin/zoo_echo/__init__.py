@@ -119,6 +119,6 @@ PLUGIN = Plugin(
             "num_hidden_layers": 4,
         },
     },
-    lora_targets=("v_proj", "o_proj"),
+    lora_targets=("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     paper="none",
 )

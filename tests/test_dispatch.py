@@ -191,3 +191,20 @@ def test_strided_inputs():
     a, b, state = x.transpose(0, 1)[..., ::2], x.transpose(0, 1)[..., 1::2], torch.zeros(7, 4).t()[:2].t()
     expected = linear_scan(a.contiguous(), b.contiguous(), state.contiguous())
     assert all(torch.equal(x, y) for x, y in zip(linear_scan(a, b, state), expected, strict=True))
+
+
+def test_who_watches_sees_one_node():
+    """Where no gradient is asked for a call goes straight to the kernel, but a tracer and a fake tensor stop it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def scan(x):
+        return linear_scan(x, x, x[:, 0], kernels="native")[0]
+
+    x = torch.rand(1, 3, 2)
+    assert "torch.ops.zoo.linear_scan.default" in make_fx(scan)(x).code
+    assert scan(x).grad_fn is None
+    assert "zoo_linear_scan" in type(scan(x.clone().requires_grad_()).grad_fn).__name__.lower()
+    assert torch.func.vmap(scan)(x[None]).shape == (1, 1, 3, 2)
+    with FakeTensorMode() as mode:
+        assert scan(mode.from_tensor(x)).shape == x.shape

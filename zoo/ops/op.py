@@ -59,7 +59,7 @@ class Op:
         self._are_states = tuple(name in states for name in self._names)
         self._takes_complex = takes_complex
         if kernels:
-            self._operator = _define(name, empty_outputs, self._check, backward_reads_outputs)
+            self._operator = self._define(backward_reads_outputs)
 
     def __call__(self, *inputs: Any, kernels: str = "auto") -> tuple[Tensor, ...]:
         """Compute the op in the form that `zoo.ops.dispatch` picks.
@@ -71,16 +71,17 @@ class Op:
             ValueError: if the inputs do not agree, or the form asked for cannot run.
         """
         self._check(*inputs)
-        backend = self.form_for(*inputs, kernels=kernels)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         dtype = compute_dtype(*tensors)
+        backend = self._choose(tensors, dtype, kernels)
         inputs = tuple(
             _convert(x, dtype) if is_state or backend != "triton" else x
             for x, is_state in zip(inputs, self._are_states, strict=True)
         )
         if backend not in self._torch_forms:
             _refuse_tangents(self.name, tensors)
-            return self._operator(*inputs, backend)
+            run = self._operator if _is_watched(tensors) else self._run_kernel
+            return run(*inputs, backend)
         self._empty_outputs(*inputs)  # checks that they agree
         with _no_autocast(tensors[0].device.type):  # products of the state stay in the state's precision
             return self._torch_forms[backend](*inputs)
@@ -96,8 +97,67 @@ class Op:
     def form_for(self, *inputs: Any, kernels: str = "auto") -> str:
         """The form that would compute such inputs."""
         tensors = [x for x in inputs if isinstance(x, Tensor)]
+        return self._choose(tensors, compute_dtype(*tensors), kernels)
+
+    def _choose(self, tensors: list[Tensor], dtype: torch.dtype, kernels: str) -> str:
         check_devices(self.name, tensors)
-        return choose(self.name, self.forms, tensors[0].device, compute_dtype(*tensors), kernels).backend
+        return choose(self.name, self.forms, tensors[0].device, dtype, kernels).backend
+
+    def _run_kernel(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """The forward of the kernel that the last input names, on inputs that `_check` has passed."""
+        *inputs, backend = inputs
+        outputs = self._empty_outputs(*inputs)
+        if all(x.numel() == 0 for x in outputs):
+            return outputs
+        inputs = (_plain(x) if isinstance(x, Tensor) else x for x in inputs)
+        return _kernel(self.name, backend).forward(*inputs)
+
+    def _define(self, backward_reads_outputs: bool) -> Callable:
+        """Register `zoo::<name>` and `zoo::<name>_backward`, whose last argument is the kernel to run."""
+        parameters = inspect.signature(self._empty_outputs).parameters.values()
+        tensor_count = sum(p.annotation in (Tensor, Tensor | None) for p in parameters)
+        schema = torch.library.infer_schema(self._empty_outputs, mutates_args=())
+        arguments, returns = schema.split(" -> ")
+        options = ", ".join([*arguments[1:-1].split(", ")[tensor_count:], "str backend"])
+
+        def forward(*inputs):
+            self._check(*inputs[:-1])  # who calls the operator by its name comes straight here
+            return self._run_kernel(*inputs)
+
+        def backward(grads, tensors, outputs, *options):
+            *options, backend = options
+            if all(x.numel() == 0 for x in grads):
+                return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tensors if _has_gradient(x)]
+            tensors = [None if x is None else _plain(x) for x in tensors]
+            grads, outputs = ([_plain(x) for x in group] for group in (grads, outputs))
+            found = _kernel(self.name, backend).backward(grads, outputs, *tensors, *options)
+            return [grad for grad, x in zip(found, tensors, strict=True) if _has_gradient(x)]
+
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs[:tensor_count], *(output if backward_reads_outputs else ()))
+            ctx.options = inputs[tensor_count:]
+
+        def differentiate(ctx, *grads):
+            saved = ctx.saved_tensors  # once: activation checkpointing computes them again to unpack them
+            tensors, outputs = saved[:tensor_count], saved[tensor_count:]
+            found = iter(backward_operator(list(grads), list(tensors), list(outputs), *ctx.options))
+            return *(next(found) if _has_gradient(x) else None for x in tensors), *(None for _ in ctx.options)
+
+        operator = torch.library.custom_op(
+            f"zoo::{self.name}", forward, mutates_args=(), schema=f"{arguments[:-1]}, str backend) -> {returns}"
+        )
+        operator.register_fake(lambda *inputs: self._empty_outputs(*inputs[:-1]))
+        operator.register_autograd(differentiate, setup_context=setup_context)
+        backward_operator = torch.library.custom_op(
+            f"zoo::{self.name}_backward",
+            backward,
+            mutates_args=(),
+            schema=f"(Tensor[] grads, Tensor?[] tensors, Tensor[] outputs, {options}) -> Tensor[]",
+        )
+        backward_operator.register_fake(
+            lambda grads, tensors, *rest: [x.new_empty(x.shape) for x in tensors if _has_gradient(x)]
+        )
+        return operator
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -113,7 +173,7 @@ _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def _convert(x: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.dtype == dtype:
         return x
     if x.is_complex():
         return x.to(dtype)
@@ -134,6 +194,28 @@ def _refuse_tangents(op: str, tensors: list[Tensor]) -> None:
         raise ValueError(f"{op}: kernels have no forward-mode derivative; kernels='chunked' has")
 
 
+def _is_watched(tensors: list[Tensor]) -> bool:
+    """Whether someone has to see the call as one node: autograd, a compiler, a transform, a subclass of tensors.
+
+    Where nobody does, as in decoding, the operator would be most of what a token costs.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or any(type(x) not in _PLAIN_TYPES for x in tensors)
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _kernel(op: str, backend: str) -> Any:
+    return importlib.import_module(f"zoo.ops.{op}.{backend}")
+
+
 def _plain(x: Tensor) -> Tensor:
     """The numbers as they lie in memory: contiguous, and without a conjugate or a sign that is still to be taken."""
     return x.resolve_conj().resolve_neg().contiguous()
@@ -141,59 +223,3 @@ def _plain(x: Tensor) -> Tensor:
 
 def _has_gradient(x: Tensor | None) -> bool:
     return x is not None and (x.is_floating_point() or x.is_complex())
-
-
-def _define(name: str, empty_outputs: Callable, check: Callable, backward_reads_outputs: bool) -> Callable:
-    """Register `zoo::<name>` and `zoo::<name>_backward`, whose last argument is the kernel to run."""
-
-    def kernel(backend: str) -> Any:
-        return importlib.import_module(f"zoo.ops.{name}.{backend}")
-
-    parameters = inspect.signature(empty_outputs).parameters.values()
-    tensor_count = sum(p.annotation in (Tensor, Tensor | None) for p in parameters)
-    schema = torch.library.infer_schema(empty_outputs, mutates_args=())
-    arguments, returns = schema.split(" -> ")
-    options = ", ".join([*arguments[1:-1].split(", ")[tensor_count:], "str backend"])
-
-    def forward(*inputs):
-        *inputs, backend = inputs
-        check(*inputs)  # before a pointer goes anywhere
-        outputs = empty_outputs(*inputs)
-        if all(x.numel() == 0 for x in outputs):
-            return outputs
-        return kernel(backend).forward(*(_plain(x) if isinstance(x, Tensor) else x for x in inputs))
-
-    def backward(grads, tensors, outputs, *options):
-        *options, backend = options
-        if all(x.numel() == 0 for x in grads):
-            return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tensors if _has_gradient(x)]
-        tensors = [None if x is None else _plain(x) for x in tensors]
-        grads, outputs = ([_plain(x) for x in group] for group in (grads, outputs))
-        found = kernel(backend).backward(grads, outputs, *tensors, *options)
-        return [grad for grad, x in zip(found, tensors, strict=True) if _has_gradient(x)]
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:tensor_count], *(output if backward_reads_outputs else ()))
-        ctx.options = inputs[tensor_count:]
-
-    def differentiate(ctx, *grads):
-        saved = ctx.saved_tensors  # once: activation checkpointing computes them again to unpack them
-        tensors, outputs = saved[:tensor_count], saved[tensor_count:]
-        found = iter(backward_operator(list(grads), list(tensors), list(outputs), *ctx.options))
-        return *(next(found) if _has_gradient(x) else None for x in tensors), *(None for _ in ctx.options)
-
-    operator = torch.library.custom_op(
-        f"zoo::{name}", forward, mutates_args=(), schema=f"{arguments[:-1]}, str backend) -> {returns}"
-    )
-    operator.register_fake(lambda *inputs: empty_outputs(*inputs[:-1]))
-    operator.register_autograd(differentiate, setup_context=setup_context)
-    backward_operator = torch.library.custom_op(
-        f"zoo::{name}_backward",
-        backward,
-        mutates_args=(),
-        schema=f"(Tensor[] grads, Tensor?[] tensors, Tensor[] outputs, {options}) -> Tensor[]",
-    )
-    backward_operator.register_fake(
-        lambda grads, tensors, *rest: [x.new_empty(x.shape) for x in tensors if _has_gradient(x)]
-    )
-    return operator

@@ -39,7 +39,7 @@ def test_show(capsys):
         (["shw"], "unknown command 'shw'; did you mean show?"),
         ([], "COMMAND"),
         (["list", "mambo*"], "unknown model 'mambo*'"),
-        (["show", "retnet-tny"], "did you mean retnet-tiny?"),
+        (["show", "retnet-tny"], "did you mean retnet-tiny"),
         (["show", "retnet-tiny", "--lenght", "3"], "unrecognized arguments: --lenght"),
         (["generate", "./nowhere", "--prompt", "x"], "./nowhere is no checkpoint"),
         (["generate", "./nowhere"], "--prompt"),
@@ -48,7 +48,7 @@ def test_show(capsys):
         (["train", "tiny/retnet", "seed"], "'seed' is no assignment"),
         (["train", "tiny/retnet", "train.tokens=many"], "train.tokens: Value 'many'"),
         (["train", "tiny/retnet", "train.tokens=-1"], "train.tokens must be from 1 to 1e+18, got -1"),
-        (["train", "tiny/retnet", "model.preset=retnt-tiny"], "did you mean retnet-tiny?"),
+        (["train", "tiny/retnet", "model.preset=retnt-tiny"], "did you mean retnet-tiny"),
         (["train", "tiny/retnet", "model.overrides.num_head=2"], "did you mean num_heads"),
         (
             ["train", "tiny/retnet", "model.overrides.vocab_size=9"],
@@ -84,5 +84,5 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert set(re.findall(r"^    (\w+)", out, flags=re.MULTILINE)) == {
-        *("list", "show", "train", "generate", "selftest", "bench")
+        *("list", "show", "train", "generate", "import", "export", "selftest", "bench")
     }

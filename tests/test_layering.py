@@ -10,15 +10,18 @@ from zoo.layout import shelf
 
 PACKAGE = Path(__file__).parents[1] / "zoo"
 
-# A module may import the zoo's modules named here (a name stands for everything below it). `errors` and `layout` know
-# nothing of the zoo, so everyone may use them.
-BASE = {"zoo.errors", "zoo.layout"}
+# A module may import the zoo's modules named here (a name stands for everything below it). `errors`, `files` and
+# `layout` know nothing of the zoo, so everyone may use them.
+BASE = {"zoo.errors", "zoo.files", "zoo.layout"}
 CONTRACT = BASE | {"zoo.cache", "zoo.config", "zoo.mixer", "zoo.ops"}
 SPINE = CONTRACT | {"zoo.nn", "zoo.modeling", "zoo.registry"}
-PUBLIC = SPINE | {"zoo", "zoo.inspection", "zoo.evaluate"}
+PUBLIC = SPINE | {"zoo", "zoo.checkpoint", "zoo.convert", "zoo.inspection", "zoo.evaluate"}
 ALLOWED = {
     "zoo.errors": set(),
+    "zoo.files": set(),
     "zoo.layout": set(),
+    "zoo.checkpoint": set(),
+    "zoo.convert": SPINE | {"zoo.checkpoint"},
     "zoo.cache": BASE,
     "zoo.registry": BASE | {"zoo.plugins"},
     "zoo.config": BASE | {"zoo.registry", "zoo.ops.dispatch"},
@@ -92,6 +95,7 @@ def test_nothing_imports_a_plugin_by_its_path():
 def test_a_plugin_is_small():
     for folder in shelf("plugins").iterdir():
         if folder.is_dir() and (folder / "__init__.py").exists():
-            lines = sum(len(path.read_text().splitlines()) for path in folder.glob("*.py"))
-            assert lines <= 300, f"{folder.name}: {lines} lines"
+            for path in folder.glob("*.py"):
+                lines = len(path.read_text().splitlines())
+                assert lines <= 350, f"{folder.name}/{path.name}: {lines} lines"
             assert (folder / "README.md").is_file(), f"{folder.name} has no README.md"

@@ -2,6 +2,7 @@
 
 from zoo.cache import load_state, save_state
 from zoo.config import ZooConfig
+from zoo.convert import export_checkpoint, import_checkpoint
 from zoo.inspection import KernelUse, ModelSummary, kernel_report, state_bytes, summarize
 from zoo.mixer import Mixer, RecurrentMixer, Tokens
 from zoo.modeling import Block, ZooForCausalLM, ZooModel, heads_of
@@ -22,7 +23,9 @@ __all__ = [
     "ZooModel",
     "create_config",
     "create_model",
+    "export_checkpoint",
     "heads_of",
+    "import_checkpoint",
     "kernel_report",
     "list_models",
     "load_state",

@@ -26,6 +26,8 @@ from transformers.cache_utils import (
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.utils import is_torchdynamo_compiling
 
+from zoo.files import whole_file
+
 RECURRENT = "zoo_recurrent"
 """The entry of `config.layer_types` for a layer that keeps a recurrent state."""
 
@@ -268,12 +270,8 @@ def save_state(cache: Cache, path: str | os.PathLike) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata={"format": _FORMAT, "lengths": json.dumps(lengths)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_state(path: str | os.PathLike, model) -> DynamicCache:

@@ -1,4 +1,4 @@
-"""The command `zoo`: list, show, train, generate, selftest, bench. Errors are one line; `--debug` shows more."""
+"""The command `zoo`: show, train, run, convert, test and time models. Errors are one line; `--debug` shows more."""
 
 import argparse
 import math
@@ -52,6 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=generate)
+
+    command = commands.add_parser("import", help="turn a published checkpoint into one of the zoo")
+    command.add_argument("source", help="a folder, a file (.pth, .bin, .safetensors) or a name on the Hub")
+    command.add_argument("destination", help="a folder that is not there yet")
+    command.set_defaults(run=import_)
+
+    command = commands.add_parser("export", help="write a checkpoint of the zoo for another library")
+    command.add_argument("source", help="a folder or a name on the Hub")
+    command.add_argument("destination", help="a folder that is not there yet")
+    command.add_argument("--to", default="transformers", help="the library, as transformers, which then needs no zoo")
+    command.set_defaults(run=export)
 
     command = commands.add_parser("selftest", help="compare every kernel with its reference on a device")
     command.add_argument("ops", nargs="*", metavar="OP", help="ops to test; default: all")
@@ -155,11 +166,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    folder = Path(arguments.checkpoint).expanduser()
-    is_on_hub = not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", arguments.checkpoint)
-    if not is_on_hub and not (folder / "config.json").is_file():
-        hint = f"; did you mean {folder / 'latest'}?" if (folder / "latest").is_dir() else ""
-        raise ValueError(f"{arguments.checkpoint} is no checkpoint: it has no config.json{hint}")
+    _check_checkpoint(arguments.checkpoint)
     if not arguments.prompt:
         raise ValueError("--prompt is empty: there is nothing to continue")
     logging.disable_progress_bar()  # of loading weights
@@ -178,6 +185,32 @@ def generate(arguments: argparse.Namespace) -> None:
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
+
+
+def _check_checkpoint(name: str) -> None:
+    """Raise ValueError unless `name` may be a checkpoint of the zoo, or one on the Hub."""
+    folder = Path(name).expanduser()
+    is_on_hub = not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    if not is_on_hub and not (folder / "config.json").is_file():
+        hint = f"; did you mean {folder / 'latest'}?" if (folder / "latest").is_dir() else ""
+        raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    model = zoo.convert.save_imported(arguments.source, arguments.destination)
+    print(f"{arguments.destination}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    _check_checkpoint(arguments.source)
+    logging.disable_progress_bar()  # of loading weights
+    model = AutoModelForCausalLM.from_pretrained(arguments.source, dtype="auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.source)
+    except (OSError, ValueError):  # it has none
+        tokenizer = None
+    zoo.export_checkpoint(model, arguments.destination, to=arguments.to, tokenizer=tokenizer)
+    print(f"{arguments.destination}: {arguments.to} loads it")
 
 
 def selftest(arguments: argparse.Namespace) -> None:

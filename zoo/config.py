@@ -112,6 +112,11 @@ class ZooConfig(PreTrainedConfig):
         ]
         return mixers + [(mixer, i) for mixer, i in channel_mixers if mixer.layer_type is not None]
 
+    @property
+    def per_layer_config(self) -> list["ZooConfig"]:
+        """One for each layer of a cache: transformers pairs them with `layer_types`, and stops at the shorter list."""
+        return [self] * len(self.layer_types)
+
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         fields.pop("kernels", None)  # a choice of this machine, not of the model

@@ -24,8 +24,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from zoo.errors import unknown_name
@@ -49,6 +51,8 @@ class Plugin:
         presets: configurations by name, each the fields that differ from the config's defaults. One ends in `-tiny`.
         mixers: the mixer classes it offers, by name, to every model whose configuration has their `config_fields`.
         channel_mixers: likewise, what can stand in the second half of a layer.
+        layouts: how others write its checkpoints down (`zoo.convert.Layout`).
+        tokenizer: a tokenizer class of its own, which `AutoTokenizer` then finds for its models and by its name.
         lora_targets: names of the linear modules that a LoRA adapter should cover, as peft's `target_modules`.
         paper: where it was published.
         unkept: promises of the contract test that the architecture cannot keep, each with the reason; the call must
@@ -59,6 +63,8 @@ class Plugin:
     presets: Mapping[str, Mapping[str, Any]]
     mixers: Mapping[str, type] = field(default_factory=dict)
     channel_mixers: Mapping[str, type] = field(default_factory=dict)
+    layouts: tuple[Any, ...] = ()
+    tokenizer: type[PreTrainedTokenizerBase] | None = None
     lora_targets: tuple[str, ...] = ()
     paper: str = ""
     unkept: Mapping[str, str] = field(default_factory=dict)
@@ -119,7 +125,9 @@ def register(name: str, plugin: Plugin) -> None:
     offered = [(_AUTO_CLASSES[_suffix(model)], model) for model in plugin.models]
     AutoConfig.register(config.model_type, config)
     for auto_class, model in offered:
-        auto_class.register(config, model)
+        auto_class.register(config, model, exist_ok=True)  # a name that transformers has too is still another class
+    if plugin.tokenizer is not None:
+        AutoTokenizer.register(config, tokenizer_class=plugin.tokenizer)
     _plugins[name] = plugin
 
 

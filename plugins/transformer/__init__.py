@@ -1,5 +1,6 @@
 """Transformer baseline after Llama: Touvron et al., 2023, arXiv:2302.13971."""
 
+from zoo.plugins.transformer.convert import LLAMA
 from zoo.plugins.transformer.modeling import (
     TransformerForCausalLM,
     TransformerForSequenceClassification,
@@ -33,6 +34,7 @@ PLUGIN = Plugin(
         "transformer-tiny": _TINY,
         "transformer-sliding-tiny": {**_TINY, "mixers": ["sliding_attention", "attention"], "sliding_window": 32},
     },
+    layouts=(LLAMA,),
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     paper="arXiv:2302.13971",
 )

@@ -57,3 +57,26 @@ def test_logits_and_gradients(pair, renamed):
     for name, parameter in oracle.named_parameters():
         error = (ours[renamed(name)].grad - parameter.grad).abs().max() / parameter.grad.abs().max()
         assert error <= 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_checkpoints(tied, dtype, tmp_path, assert_imports):
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 16
+    config = LlamaConfig(**SIZES | {"tie_word_embeddings": tied}, attention_bias=True, rope_parameters=rope)
+    oracle = LlamaForCausalLM(config).to(dtype).eval()
+    oracle.save_pretrained(tmp_path / "llama", max_shard_size="40KB")
+    assert len(list((tmp_path / "llama").glob("*.safetensors"))) > 2
+    oracle = LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+    model = assert_imports(tmp_path / "llama", lambda tokens: oracle(tokens).logits, LlamaForCausalLM.from_pretrained)
+    assert model.dtype == dtype
+    assert model.config.tie_word_embeddings == tied
+
+
+def test_what_llama_has_no_room_for(tmp_path):
+    with pytest.raises(ValueError, match="transformers has no architecture for this model .*sliding_attention"):
+        zoo.export_checkpoint(zoo.create_model("transformer-sliding-tiny"), tmp_path / "out")
+    LlamaForCausalLM(LlamaConfig(**SIZES, mlp_bias=True)).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="this variant is not in the zoo: mlp_bias is True"):
+        zoo.import_checkpoint(tmp_path / "llama")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.evaluate import TextScore, score_text
+from zoo.files import whole_folder
 from zoo.registry import create_config, create_model
 from zoo.train.config import TrainConfig, to_yaml
 from zoo.train.data import Corpus, batches, encode, into_rows, read_corpus, train_tokenizer
@@ -188,15 +189,9 @@ def _log(file: TextIO, **values: float) -> None:
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, step: int) -> Path:
     """Write a Hugging Face folder and point `latest` at it; until it is whole, `latest` stays at the one before."""
     folder = output / f"step-{step:08d}"
-    partial = output / f".step-{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     link = output / ".latest"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)

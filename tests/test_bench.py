@@ -9,7 +9,7 @@ import torch
 
 import zoo.ops
 from zoo import bench
-from zoo.bench import results
+from zoo.bench import models, results
 from zoo.bench.workload import CPU_FORMS, known_ops, workloads_of
 from zoo.cli import main
 
@@ -157,3 +157,30 @@ def test_compiled_rows_of_other_ops_stay(tmp_path, monkeypatch, capsys):
     aot.bench_aot(["delta_rule"], output)
     assert [line.split(",")[0] for line in output.read_text().splitlines()] == ["op", "delta_rule", "lse_scan"]
     assert "forward main: 8 bytes of stack" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [pair.name for pair in models.PAIRS])
+def test_models_agree_and_rows_are_whole(name, tmp_path, monkeypatch, capsys):
+    (pair,) = (pair for pair in models.PAIRS if pair.name == name)
+
+    def small():
+        config = pair.config()
+        config.num_hidden_layers, config.vocab_size = 2, 211
+        return config
+
+    monkeypatch.setattr(models, "PAIRS", (replace(pair, config=small),))
+    for constant, value in {"_ROWS": 1, "_LENGTH": 20, "_PROMPT": 4, "_NEW": 3}.items():
+        monkeypatch.setattr(models, constant, value)
+    output = tmp_path / "models.csv"
+    models.bench_models([name], 1, output)
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(models.COLUMNS)
+    assert [(row["pass"], row["contender"]) for row in rows] == [
+        (which, contender) for which in (models.TRAINING, models.DECODING) for contender in ("zoo", "transformers")
+    ]
+    for row in rows:
+        assert float(row["tokens_per_second"]) > 0
+        assert float(row["difference"]) < 1e-3
+        assert bool(row["target"]) == bool(row["met"])
+    assert name in capsys.readouterr().out

@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     kind.add_argument("--repeats", type=int, default=20, help="rounds at most, of which the median counts")
     kind.add_argument("--output", type=Path, help="a CSV file for the rows; those of other ops stay in it")
     kind.set_defaults(run=bench_ops)
+    kind = kinds.add_parser("models", help="time training and decoding beside transformers' own classes, on a CPU")
+    kind.add_argument("models", nargs="*", metavar="MODEL", help="models to time; default: all")
+    kind.add_argument("--repeats", type=int, default=9, help="rounds at most, of which the median counts")
+    kind.add_argument("--output", type=Path, help="a CSV file for the rows; those of other models stay in it")
+    kind.set_defaults(run=bench_models)
     kind = kinds.add_parser("aot", help="compile the Triton kernels for GPUs that are not there")
     kind.add_argument("ops", nargs="*", metavar="OP", help="ops to compile; default: all")
     kind.add_argument("--output", type=Path, help="a CSV file for the rows")
@@ -242,6 +247,12 @@ def bench_ops(arguments: argparse.Namespace) -> None:
     from zoo.bench import bench_ops  # noqa: PLC0415 (it imports other libraries' models)
 
     bench_ops(arguments.ops, arguments.device, arguments.repeats, arguments.output)
+
+
+def bench_models(arguments: argparse.Namespace) -> None:
+    from zoo.bench.models import bench_models  # noqa: PLC0415 (as above)
+
+    bench_models(arguments.models, arguments.repeats, arguments.output)
 
 
 def bench_aot(arguments: argparse.Namespace) -> None:

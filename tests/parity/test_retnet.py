@@ -17,8 +17,8 @@ TOLERANCE = 1e-4  # float32, relative to the largest logit
 
 
 @pytest.fixture(scope="module")
-def oracle():
-    """A torchscale decoder. The two parts of other packages that it imports, and never uses here, are stubbed."""
+def make_decoder():
+    """Makes a torchscale decoder. The two parts of other packages that it imports, and never uses here, are stubbed."""
     for name in ("fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers"):
         sys.modules.setdefault(name, ModuleType(name))
     sys.modules["fairscale.nn"].checkpoint_wrapper = sys.modules["fairscale.nn"].wrap = lambda module: module
@@ -27,18 +27,25 @@ def oracle():
     from torchscale.architecture.config import RetNetConfig
     from torchscale.architecture.retnet import RetNetDecoder
 
-    config = RetNetConfig(
-        vocab_size=SIZES["vocab_size"],
-        decoder_embed_dim=SIZES["hidden_size"],
-        decoder_value_embed_dim=VALUE_SIZE,
-        decoder_retention_heads=SIZES["num_heads"],
-        decoder_ffn_embed_dim=SIZES["intermediate_size"],
-        decoder_layers=SIZES["num_hidden_layers"],
-        recurrent_chunk_size=8,
-    )
+    def make(vocab_size, hidden_size, num_hidden_layers, intermediate_size, num_heads, value_size):
+        config = RetNetConfig(
+            vocab_size=vocab_size,
+            decoder_embed_dim=hidden_size,
+            decoder_value_embed_dim=value_size,
+            decoder_retention_heads=num_heads,
+            decoder_ffn_embed_dim=intermediate_size,
+            decoder_layers=num_hidden_layers,
+            recurrent_chunk_size=8,
+        )
+        return RetNetDecoder(config, embed_tokens=nn.Embedding(vocab_size, hidden_size))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def oracle(make_decoder):
     torch.manual_seed(0)
-    embedding = nn.Embedding(SIZES["vocab_size"], SIZES["hidden_size"])
-    decoder = RetNetDecoder(config, embed_tokens=embedding).eval()
+    decoder = make_decoder(**SIZES, value_size=VALUE_SIZE).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():  # away from the initial values, norms included
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -112,12 +119,10 @@ def test_gradients(oracle, model, tokens, renamed):
         assert relative_error(ours[renamed(name)].grad, parameter.grad) <= TOLERANCE, name
 
 
-def test_initialisation(oracle, renamed):
+def test_initialisation(make_decoder, renamed):
     """Every kind of weight is drawn as torchscale draws it: same bounds or deviation, by moments."""
-    from torchscale.architecture.retnet import RetNetDecoder
-
     torch.manual_seed(0)
-    theirs = RetNetDecoder(oracle.args, embed_tokens=nn.Embedding(SIZES["vocab_size"], SIZES["hidden_size"]))
+    theirs = make_decoder(**SIZES, value_size=VALUE_SIZE)
     ours = zoo.create_model("retnet-tiny", **SIZES, value_size=VALUE_SIZE, tie_word_embeddings=False)
     ours = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
@@ -126,6 +131,17 @@ def test_initialisation(oracle, renamed):
         drawn = ours[renamed(name)]
         assert abs(drawn.std() - parameter.std()) <= 0.05 * parameter.std() + 1e-8, name
         assert abs(drawn.abs().max() - parameter.abs().max()) <= 0.25 * parameter.abs().max(), name
+
+
+@pytest.mark.parametrize("name", ["retnet-1.3b", "retnet-2.7b", "retnet-6.7b"])
+def test_published_sizes(make_decoder, name):
+    config = zoo.create_config(name)
+    with torch.device("meta"):
+        theirs = make_decoder(**{field: getattr(config, field) for field in SIZES}, value_size=config.value_size)
+    count = zoo.summarize(name).parameters
+    assert count == sum(p.numel() for p in theirs.parameters())
+    billions = float(name.removeprefix("retnet-").removesuffix("b"))
+    assert abs(count / 1e9 - billions) < 0.1 * billions
 
 
 @torch.no_grad()

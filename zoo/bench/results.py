@@ -19,6 +19,7 @@ import transformers
 import zoo
 from zoo.bench.workload import BOTH, FORWARD, Workload
 from zoo.errors import unknown_name
+from zoo.files import whole_file
 from zoo.layout import shelf
 
 Row = dict[str, str | int]
@@ -31,14 +32,14 @@ _RATIOS = {
     "ratio_to_fla": "fla",
     "ratio_to_mamba_ssm": "mamba_ssm",
 }
-_PROVENANCE = ("commit", "date", "device", "threads", "torch", "transformers", "allocator")
+PROVENANCE = ("commit", "date", "device", "threads", "torch", "transformers", "allocator")
 COLUMNS = (
     *("op", "size", "pass", "contender", "milliseconds", *_RATIOS),
     "of_ceiling",  # the time that memory and multiplier need at least, over the time taken
     "speedup_2_threads",  # wall time with one thread over that with two
     "peak_megabytes",  # beyond what was there before the call
     "difference",  # from the first contender, relative to the largest entry
-    *("target", "met", "repeats", *_PROVENANCE),
+    *("target", "met", "repeats", *PROVENANCE),
 )
 
 # What an op has to reach on one thread of a CPU: at least, but for memory at most. By op, variant and pass.
@@ -88,11 +89,11 @@ class Peaks(NamedTuple):
         return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
 
 
-def check_names(ops: Sequence[str], known: Sequence[str]) -> None:
-    """Raise ValueError on an op that there is nothing for."""
-    for op in ops:
-        if op not in known:
-            raise unknown_name("op", op, known)
+def check_names(names: Sequence[str], known: Sequence[str], kind: str = "op") -> None:
+    """Raise ValueError on a name that there is nothing for."""
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
 
 
 def provenance(device_name: str, threads: int, allocator: str) -> Row:
@@ -137,10 +138,10 @@ def make_rows(
                 "size": workload.size,
                 "pass": which,
                 "contender": x.contender,
-                **{column: _short(figure) for column, figure in figures.items() if figure is not None},
+                **{column: short(figure) for column, figure in figures.items() if figure is not None},
                 "difference": f"{x.difference:.0e}",
-                "target": _describe(own),
-                "met": _verdict(own, figures),
+                "target": describe_targets(own),
+                "met": verdict(own, figures),
                 "repeats": x.repeats,
                 **provenance,
             }
@@ -163,15 +164,13 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
         return list(reader)
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Write rows by op, in the order of measurement, under a header."""
+def write_csv(rows: Iterable[Row], path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """Write rows by their first column, in the order of measurement, under a header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["op"]))
-    new.replace(path)
+        writer.writerows(sorted(rows, key=lambda row: row[columns[0]]))
 
 
 def format_table(rows: list[Row]) -> str:
@@ -198,16 +197,16 @@ def _commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def _short(x: float) -> str:
+def short(x: float) -> str:
     """Three digits, never an exponent for a large number."""
     return f"{x:.0f}" if x >= 1000 else f"{x:.3g}"
 
 
-def _describe(targets: dict[str, float]) -> str:
+def describe_targets(targets: dict[str, float]) -> str:
     return ", ".join(f"{column} {'<=' if _is_most(column) else '>='} {bound:g}" for column, bound in targets.items())
 
 
-def _verdict(targets: dict[str, float], figures: dict[str, float | None]) -> str:
+def verdict(targets: dict[str, float], figures: dict[str, float | None]) -> str:
     """`yes`, `no`, or `unknown` where a figure is missing; nothing without targets."""
     if not targets:
         return ""

@@ -1,0 +1,266 @@
+"""Whole models beside transformers' classes of the same architecture and weights: `zoo bench models`."""
+
+import copy
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RwkvConfig,
+    xLSTMConfig,
+)
+from transformers.utils import logging
+
+from zoo.bench import cpu
+from zoo.bench.results import (
+    PROVENANCE,
+    Measurement,
+    Row,
+    align,
+    check_names,
+    describe_targets,
+    provenance,
+    read_csv,
+    short,
+    verdict,
+    write_csv,
+)
+from zoo.convert import import_checkpoint
+
+COLUMNS = (
+    *("model", "parameters", "pass", "contender", "milliseconds", "tokens_per_second", "ratio_to_transformers"),
+    "of_matmul_peak",  # 6 operations a parameter and token, of what one core multiplies at most
+    "of_read_bandwidth",  # the weights once a token, of what one core reads at most
+    *("speedup_2_threads", "peak_megabytes"),
+    "difference",  # of loss and gradient, or of the tokens
+    *("target", "met", "repeats", *PROVENANCE),
+)
+
+TRAINING, DECODING = "training step", "decoding"
+
+_ROWS, _LENGTH = 2, 512  # of a training batch
+_PROMPT, _NEW = 16, 64  # tokens of one sequence
+_VOCABULARY = 8192
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An architecture at about 25 million parameters.
+
+    Args:
+        name: of the architecture.
+        config: transformers' configuration, from which both models are made.
+        training, decoding: how many times as fast as transformers' class the zoo's has to be; None: no target.
+    """
+
+    name: str
+    config: Callable[[], PreTrainedConfig]
+    training: float | None = None
+    decoding: float | None = None
+
+
+def _mamba2() -> Mamba2Config:
+    return Mamba2Config(
+        vocab_size=_VOCABULARY,
+        hidden_size=512,
+        num_hidden_layers=12,
+        num_heads=16,
+        head_dim=64,
+        state_size=128,
+        n_groups=1,
+        tie_word_embeddings=True,
+    )
+
+
+def _xlstm() -> xLSTMConfig:
+    return xLSTMConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=512,
+        embedding_dim=512,
+        num_heads=4,
+        num_hidden_layers=6,
+        num_blocks=6,
+        chunkwise_kernel="chunkwise--native_autograd",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+        autocast_kernel_dtype="float32",
+    )
+
+
+PAIRS = (
+    Pair(
+        "llama",
+        lambda: LlamaConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=512,
+            num_hidden_layers=6,
+            intermediate_size=1376,
+            num_attention_heads=8,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Pair("mamba", lambda: MambaConfig(vocab_size=_VOCABULARY, hidden_size=512, num_hidden_layers=12), 6, 1.5),
+    Pair("mamba2", _mamba2, 3, 1.5),
+    Pair("rwkv4", lambda: RwkvConfig(vocab_size=_VOCABULARY, hidden_size=512, num_hidden_layers=6), 5, 1.5),
+    Pair("xlstm", _xlstm, 3, 1.5),
+)
+
+
+class TrainingStep:
+    """A step of training as a user runs it: loss, gradients, AdamW."""
+
+    def __init__(self, name: str, model: PreTrainedModel, tokens: Tensor):
+        self.name, self._model, self._tokens = name, model.train(), tokens
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def __call__(self) -> Tensor:
+        """The loss, and the norm of the gradient of the embedding."""
+        loss = self._model(self._tokens, labels=self._tokens, use_cache=False).loss
+        loss.backward()
+        norm = self._model.get_input_embeddings().weight.grad.norm()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return torch.stack([loss.detach(), norm])
+
+    def as_op(self, result: Tensor) -> list[Tensor]:
+        return list(result)
+
+
+class Decoding:
+    """`generate` as a user calls it: greedy, one sequence."""
+
+    def __init__(self, name: str, model: PreTrainedModel, tokens: Tensor):
+        self.name, self._model, self._tokens = name, model.eval(), tokens[:1, :_PROMPT]
+
+    def __call__(self) -> Tensor:
+        """The continued sequence."""
+        options = {"max_new_tokens": _NEW, "min_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
+        return self._model.generate(self._tokens, attention_mask=torch.ones_like(self._tokens), **options)
+
+    def as_op(self, result: Tensor) -> list[Tensor]:
+        return [result.double()]
+
+
+def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | None = None) -> None:
+    """Time a training step and greedy decoding of the zoo's models and of transformers', and print a table.
+
+    Args:
+        names: of `PAIRS`; all, where there is none.
+        repeats: rounds at most.
+        output: a CSV file. Rows go there as they are finished; those of other models stay in it.
+
+    Raises:
+        ValueError: on an unknown name, or if the two models of a pair compute something else.
+    """
+    check_names(names, [pair.name for pair in PAIRS], kind="model")
+    if repeats < 1:
+        raise ValueError(f"--repeats must be 1 or more, got {repeats}")
+    if "ZOO_KERNELS" in os.environ:
+        raise ValueError("ZOO_KERNELS asks for one form of every op, the bench runs the fastest: unset it")
+    source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
+    before = read_csv(output, COLUMNS) if output else []
+    rows: list[Row] = []
+    pairs = [pair for pair in PAIRS if not names or pair.name in names]
+    try:
+        for pair in (bar := tqdm(pairs, unit="model", leave=False)):
+            bar.set_description(pair.name)
+            for which in (TRAINING, DECODING):
+                rows += _measure(pair, which, repeats, source)
+                if output:
+                    measured = {row["model"] for row in rows}
+                    write_csv([*(row for row in before if row["model"] not in measured), *rows], output, COLUMNS)
+    finally:
+        if rows:
+            print(_format(rows))
+    if wrong := Counter(row["model"] for row in rows if "milliseconds" not in row):
+        raise ValueError(f"{', '.join(wrong)}: no time where the two models differ too much")
+
+
+def _measure(pair: Pair, which: str, repeats: int, source: Row) -> list[Row]:
+    ours, theirs = make_pair(pair.config())
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, ours.config.vocab_size, (_ROWS, _LENGTH), generator=generator)
+    trial = {TRAINING: TrainingStep, DECODING: Decoding}[which]
+    trials = [trial("zoo", ours, tokens), trial("transformers", theirs, tokens)]
+    measurements = cpu.measure(trials, repeats, peak_memory=which == TRAINING)
+    return _make_rows(pair, which, ours, measurements, source)
+
+
+def make_pair(config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The zoo's model and transformers', with the same weights, drawn at random."""
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            ours, _ = import_checkpoint(folder)
+            ours = copy.deepcopy(ours)  # out of the files
+    finally:
+        if progress:
+            logging.enable_progress_bar()
+    return ours, theirs
+
+
+def _make_rows(
+    pair: Pair, which: str, model: PreTrainedModel, measurements: list[Measurement], source: Row
+) -> list[Row]:
+    parameters = model.num_parameters()
+    seconds = {x.contender: x.seconds for x in measurements if x.seconds is not None}
+    target = {TRAINING: pair.training, DECODING: pair.decoding}[which]
+    rows = []
+    for x in measurements:
+        own = {"ratio_to_transformers": target} if x is measurements[0] and target is not None else {}
+        figures = {"speedup_2_threads": x.speedup_2_threads, "peak_megabytes": x.peak_megabytes}
+        if x.seconds is not None:
+            figures |= _figures(which, x.seconds, parameters, model.dtype.itemsize)
+            if x is measurements[0] and len(seconds) > 1:
+                figures["ratio_to_transformers"] = seconds["transformers"] / x.seconds
+        rows.append(
+            {
+                "model": pair.name,
+                "parameters": parameters,
+                "pass": which,
+                "contender": x.contender,
+                **{column: short(figure) for column, figure in figures.items() if figure is not None},
+                "difference": f"{x.difference:.0e}",
+                "target": describe_targets(own),
+                "met": verdict(own, figures),
+                "repeats": x.repeats,
+                **source,
+            }
+        )
+    return rows
+
+
+def _figures(which: str, seconds: float, parameters: int, itemsize: int) -> dict[str, float]:
+    """The time of a step or a token, and how near it is to what the processor can do."""
+    peaks = cpu.peaks()
+    if which == TRAINING:
+        tokens = _ROWS * _LENGTH
+        matmul_peak = 6 * parameters * tokens / seconds / peaks.flops_per_second
+        return {"milliseconds": 1e3 * seconds, "tokens_per_second": tokens / seconds, "of_matmul_peak": matmul_peak}
+    seconds /= _NEW
+    bandwidth = parameters * itemsize / seconds / peaks.bytes_per_second
+    return {"milliseconds": 1e3 * seconds, "tokens_per_second": 1 / seconds, "of_read_bandwidth": bandwidth}
+
+
+def _format(rows: list[Row]) -> str:
+    shown = [c for c in COLUMNS[: COLUMNS.index("repeats")] if any(row.get(c) for row in rows)]
+    return align([shown, *([str(row.get(column, "")) for column in shown] for row in rows)])

@@ -1,10 +1,12 @@
 """Every form of every op on every case, against the reference in float64: outputs, final state, all gradients.
 
 Each op lists its cases in `zoo/ops/<op>/cases.py`; a new op or case is tested without an edit here. Triton runs
-interpreted, on the same cases at fewer lengths, since the interpreter takes about a second a call.
+interpreted, on the same cases at fewer lengths, since the interpreter takes up to a second a call.
 """
 
+import functools
 import importlib
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,18 +16,20 @@ from zoo.ops.testing import (
     TOLERANCE,
     Case,
     Draw,
+    Inputs,
     assert_close,
     differentiable,
     flatten,
+    largest_errors,
     map_tensors,
     op_names,
     run_case,
     split_case,
     to_dtype,
-    worst_error,
 )
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
+PACKINGS = ("plain", "mask", "segments", "both")
 ROWS = 3
 CASES = [(op, case) for op in op_names() for case in importlib.import_module(f"zoo.ops.{op}.cases").CASES]
 
@@ -45,84 +49,99 @@ def each(*skip: str):
     return pytest.mark.parametrize(("op", "case", "form"), values)
 
 
-def dtype_of(form: str) -> torch.dtype:
-    """The highest precision a form computes in."""
-    return torch.float32 if form == "triton" else torch.float64
+def dtypes_of(form: str) -> tuple[torch.dtype, ...]:
+    """The precisions a form computes in, the highest first."""
+    return (torch.float32,) if form == "triton" else (torch.float64, torch.float32)
 
 
 def draw_packing(t: int) -> dict[str, dict[str, torch.Tensor]]:
     draw = Draw(1000 + t)
-    mask, segments = draw.mask(ROWS, t), draw.segments(ROWS, t)
-    return {
-        "plain": {},
-        "mask": {"mask": mask},
-        "segments": {"segments": segments},
-        "both": {"mask": mask, "segments": segments},
-    }
+    mask, segments = {"mask": draw.mask(ROWS, t)}, {"segments": draw.segments(ROWS, t)}
+    return dict(zip(PACKINGS, ({}, mask, segments, mask | segments), strict=True))
 
 
-def assert_equals_reference(case: Case, form: str, t: int, dtype: torch.dtype, packings=None) -> None:
-    inputs = case.draw(Draw(t), t)
-    for name, packing in draw_packing(t).items():
-        if packings is None or name in packings:
-            for kind, error in worst_error(case, inputs, form, dtype, **packing).items():
-                assert error <= TOLERANCE[dtype], f"{name}, {kind}: {error:.1e}"
+class Example(NamedTuple):
+    """Inputs and what the reference makes of them in float64."""
+
+    inputs: Inputs
+    packing: dict[str, torch.Tensor]
+    exact: dict[str, list[torch.Tensor]]
 
 
-@pytest.mark.parametrize("t", LENGTHS)
+def work_out(case: Case, inputs: Inputs, packing: dict[str, torch.Tensor]) -> Example:
+    return Example(inputs, packing, run_case(case, to_dtype(inputs, torch.float64), "reference", **packing))
+
+
+@functools.lru_cache(maxsize=16)  # for the next form
+def example(case: Case, t: int, packing: str, dtype: torch.dtype = torch.float32, small: bool = False) -> Example:
+    """Inputs rounded to a dtype, so that all precisions from there up are given the same."""
+    return work_out(case, to_dtype(case.draw(Draw(t, small=small), t), dtype), draw_packing(t)[packing])
+
+
+@functools.lru_cache(maxsize=16)
+def random_example(case: Case, seed: int, small: bool = False) -> Example:
+    """Sizes from 1 up, of which hardly any is a power of two, and lengths to match."""
+    draw = Draw(seed, random_sizes=True, small=small)
+    t = draw.size(100)
+    inputs = to_dtype(case.draw(draw, t), torch.float32)
+    return work_out(case, inputs, {"mask": draw.mask(ROWS, t), "segments": draw.segments(ROWS, t)})
+
+
+def assert_exact(case: Case, form: str, given: Example, *dtypes: torch.dtype) -> None:
+    for dtype in dtypes or dtypes_of(form):
+        found = run_case(case, to_dtype(given.inputs, dtype), form, **given.packing)
+        for kind, error in largest_errors(found, given.exact).items():
+            assert error <= TOLERANCE[dtype], f"{dtype}, {', '.join(given.packing) or 'plain'}, {kind}: {error:.1e}"
+
+
 @each("reference", "triton")
+@pytest.mark.parametrize("t", LENGTHS)
 def test_equals_reference(op, case, form, t):
-    assert_equals_reference(case, form, t, torch.float64)
-    assert_equals_reference(case, form, t, torch.float32)
+    for packing in PACKINGS:
+        assert_exact(case, form, example(case, t, packing))
 
 
-@pytest.mark.parametrize("t", [1, 2, 17])
 @each("reference", "chunked", "native")
+@pytest.mark.parametrize("t", [1, 2, 17])
 def test_triton_equals_reference(op, case, form, t):
     """Interpreted kernels take chunks of 16 tokens."""
-    assert_equals_reference(case, form, t, torch.float32, packings=("both",) if t > 2 else ("plain", "both"))
+    for packing in ("both",) if t > 2 else ("plain", "both"):
+        assert_exact(case, form, example(case, t, packing))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("t", [63, 64, 65, 200])
 @each("reference", "chunked", "native")
+@pytest.mark.parametrize("t", [63, 64, 65, 200])
 def test_triton_equals_reference_at_length(op, case, form, t):
-    assert_equals_reference(case, form, t, torch.float32, packings=("both",))
+    assert_exact(case, form, example(case, t, "both"))
 
 
 @each("reference")
 def test_low_precision_inputs(op, case, form):
     """bfloat16 inputs: the state stays in float32, and the result is that of the rounded inputs, nearly."""
-    assert_equals_reference(case, form, 17 if form == "triton" else 65, torch.bfloat16, packings=("plain",))
+    t = 17 if form == "triton" else 65
+    assert_exact(case, form, example(case, t, "plain", torch.bfloat16), torch.bfloat16)
     inputs = to_dtype(case.draw(Draw(0), 3), torch.bfloat16)
     _, *state = run_case(case, inputs, form)["outputs"]
     assert {x.dtype for x in state} <= {torch.float32, torch.complex64, torch.long}
 
 
-@pytest.mark.parametrize("split", [1, 30, 64, 65, 199])
 @each("triton")
-def test_split_and_carry(op, case, form, split):
-    """A sequence cut into two calls, the second from the state of the first."""
-    assert_splits(case, form, split, 200)
+def test_split_and_carry(op, case, form):
+    """A sequence cut into two calls, the second from the state of the first: gradients pass through what is carried."""
+    assert_splits(case, form, 200, {1: "plain", 30: "mask", 64: "plain", 65: "mask", 199: "plain"})
 
 
 @each("reference", "chunked", "native")
 def test_triton_split_and_carry(op, case, form):
-    assert_splits(case, form, 17, 21)
+    assert_splits(case, form, 7, {3: "mask"}, small=True)
 
 
-def assert_splits(case: Case, form: str, split: int, t: int) -> None:
+def assert_splits(case: Case, form: str, t: int, packings: dict[int, str], small: bool = False) -> None:
     if not case.splits:
         return
-    dtype = dtype_of(form)
-    inputs = to_dtype(case.draw(Draw(t), t), dtype)
-    head, tail = split_case(case, inputs, split)
-    with torch.no_grad():
-        y, state = case.call(inputs, form)
-        first, carried = case.call(head, form)
-        second, end = case.call(tail | {"state": carried}, form)
-    for actual, expected in zip([torch.cat([first, second], 1), *flatten(end)], [y, *flatten(state)], strict=True):
-        assert_close(actual, expected, TOLERANCE[dtype])
+    for at, packing in packings.items():
+        assert_exact(split_case(case, at), form, example(case, t, packing, small=small), dtypes_of(form)[0])
 
 
 @each("triton")
@@ -137,7 +156,7 @@ def test_triton_does_not_read_padding(op, case, form):
 
 def assert_padding_is_not_read(case: Case, form: str, t: int) -> None:
     """What stands at padding, NaN and ids included, reaches no output, state or gradient, and gets no gradient."""
-    inputs = to_dtype(case.draw(Draw(t), t), dtype_of(form))
+    inputs = to_dtype(case.draw(Draw(t), t), dtypes_of(form)[0])
     mask, segments = Draw(t).mask(ROWS, t), Draw(t + 1).segments(ROWS, t)
 
     def poison(x: torch.Tensor) -> torch.Tensor:
@@ -175,6 +194,25 @@ def test_every_output_is_written(op, case, form):
             assert torch.equal(x, y), kind
 
 
+@pytest.mark.parametrize("form", ["reference", "native"])
+@pytest.mark.parametrize("op", ["cell_scan", "selective_scan", "short_conv"])
+def test_documents_do_not_spoil_others(op, form):
+    """Where a document starts, the state is put to 0 and not multiplied by it, for 0 times NaN is NaN."""
+    case = importlib.import_module(f"zoo.ops.{op}.cases").CASES[0]
+    inputs = to_dtype(case.draw(Draw(3), 40), torch.float64)
+    segments = (torch.arange(40) >= 17).expand(ROWS, -1).int()
+    expected = run_case(case, inputs, form, segments=segments)
+    for spoilt, kept in ((slice(0, 17), slice(17, 40)), (slice(17, 40), slice(0, 17))):
+        for name in case.sequences:
+            x = inputs[name].clone()
+            x[:, spoilt] = torch.nan
+            actual = run_case(case, inputs | {name: x}, form, segments=segments)
+            for kind in expected:
+                for found, wanted in zip(actual[kind], expected[kind], strict=True):
+                    if found.shape[:2] == (ROWS, 40):
+                        assert torch.equal(found[:, kept], wanted[:, kept]), (name, kind)
+
+
 @pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.name}") for op, case in CASES])
 def test_reference_gradients(op, case):
     """The gradients that all forms are compared with are those of finite differences."""
@@ -192,16 +230,16 @@ def test_reference_gradients(op, case):
     assert gradcheck(run, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("seed", range(8))
 @each("reference", "triton")
+@pytest.mark.parametrize("seed", range(8))
 def test_random_shapes(op, case, form, seed):
-    """Sizes from 1 up, of which hardly any is a power of two, and lengths to match."""
-    draw = Draw(seed, random_sizes=True)
-    t = draw.size(100)
-    inputs = case.draw(draw, t)
-    packing = {"mask": draw.mask(ROWS, t), "segments": draw.segments(ROWS, t)}
-    for error in worst_error(case, inputs, form, torch.float64, **packing).values():
-        assert error <= TOLERANCE[torch.float64]
+    assert_exact(case, form, random_example(case, seed))
+
+
+@each("reference", "chunked", "native")
+@pytest.mark.parametrize("seed", range(2))
+def test_triton_takes_random_shapes(op, case, form, seed):
+    assert_exact(case, form, random_example(case, seed, small=True))
 
 
 @each("reference", "chunked", "triton")
@@ -336,12 +374,29 @@ def test_nothing_to_compute(native_case):
         for gradient in run_case(native_case, empty, form)["gradients"]:
             assert (gradient == 0).all()
         with pytest.raises(ValueError, match="a sequence of no tokens"):
-            native_case.call(split_case(native_case, inputs, 0)[0], form)
+            split_case(native_case, 0).call(inputs, form)
 
 
 def test_a_missing_input_is_named():
     with pytest.raises(ValueError, match="b is missing"):
         torch.ops.zoo.linear_scan(torch.ones(1, 2, 3), None, torch.ones(1, 3), "native")
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 88), (torch.float64, 709)])
+@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize("form", ["chunked", "native"])
+def test_states_that_grow_end_in_infinity(form, t, dtype, largest):
+    """A selective scan with A > 0, which the equation allows, as far as the dtype reaches."""
+    function = importlib.import_module("zoo.ops.selective_scan").selective_scan
+    exponents = torch.arange(-3 * largest, 3 * largest, dtype=dtype)
+    step = torch.cat(
+        [torch.zeros(1, t - 1, len(exponents), dtype=dtype), torch.ones(1, 1, len(exponents), dtype=dtype)], 1
+    )
+    ones = torch.ones(1, t, 1, dtype=dtype)
+    y, _ = function(0 * step, step, exponents[:, None], ones, ones, torch.ones(1, len(exponents), 1), kernels=form)
+    finite = exponents <= largest
+    torch.testing.assert_close(y[0, -1, finite], exponents[finite].exp(), rtol=TOLERANCE[dtype], atol=1e-30)
+    assert (y[0, -1, ~finite] == torch.inf).all()
 
 
 def test_conjugates_that_are_still_to_be_taken():

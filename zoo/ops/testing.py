@@ -31,7 +31,7 @@ class Draw:
     Args:
         seed: of the generator.
         random_sizes: sizes are drawn too.
-        small: sizes are at most 3.
+        small: sizes are at most 3, random ones at most 6.
     """
 
     def __init__(self, seed: int, random_sizes: bool = False, small: bool = False):
@@ -40,8 +40,7 @@ class Draw:
 
     def size(self, usual: int) -> int:
         """The usual size of a dimension; where sizes are random, one from 1 to twice that."""
-        if self.small:
-            return min(usual, 3)
+        usual = min(usual, 3) if self.small else usual
         if self.random_sizes:
             return int(torch.randint(1, 2 * usual + 1, (), generator=self.generator))
         return usual
@@ -53,9 +52,14 @@ class Draw:
         return low + (high - low) * torch.rand(shape, dtype=torch.float64, generator=self.generator)
 
     def log_decay(self, *shape: int) -> Tensor:
-        """From 0 down to -60, both among them, most of them near 0."""
+        """From 0 down to -60, both and -inf among them, most of them near 0."""
         x = self.uniform(*shape)
-        return (-60 * x.pow(8)).masked_fill(x < 0.03, 0.0).masked_fill(x > 0.97, -60.0)
+        logs = (-60 * x.pow(8)).masked_fill(x < 0.03, 0.0).masked_fill(x > 0.97, -60.0)
+        return logs.masked_fill(x > 0.985, -torch.inf)
+
+    def gate(self, *shape: int, high: float = 1.0) -> Tensor:
+        """From 0 to the highest, both among them."""
+        return high * self.uniform(*shape, low=-0.1, high=1.1).clamp(0.0, 1.0)
 
     def unit(self, *shape: int) -> Tensor:
         """Vectors of length 1 along the last dimension."""
@@ -76,7 +80,7 @@ class Draw:
         return segments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A way to call an op.
 
@@ -184,22 +188,34 @@ def worst_error(
     mask: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> dict[str, float]:
-    """How far a form, given inputs of a dtype, is from the reference in float64, given the same inputs."""
+    """How far a form, given inputs of a dtype, is from the reference in float64, given the same inputs: by kind."""
     rounded = to_dtype(inputs, dtype)
     exact = run_case(case, to_dtype(rounded, torch.float64), "reference", mask, segments)
     moved = {name: map_tensors(lambda x: x.to(device), value) for name, value in rounded.items()}
     mask, segments = (None if x is None else x.to(device) for x in (mask, segments))
-    found = run_case(case, moved, backend, mask, segments)
+    return largest_errors(run_case(case, moved, backend, mask, segments), exact)
+
+
+def largest_errors(found: dict[str, list[Tensor]], exact: dict[str, list[Tensor]]) -> dict[str, float]:
+    """The largest `error` of each kind of results that `run_case` gives."""
     return {
         kind: max((error(x, y) for x, y in zip(found[kind], exact[kind], strict=True)), default=0.0) for kind in exact
     }
 
 
-def split_case(case: Case, inputs: Inputs, at: int) -> tuple[Inputs, Inputs]:
-    """The inputs of the tokens before and behind a cut, the second without its state."""
-    head = {name: x[:, :at] if name in case.sequences else x for name, x in inputs.items()}
-    tail = {name: x[:, at:] if name in case.sequences else x for name, x in inputs.items() if name != "state"}
-    return head, tail
+def split_case(case: Case, at: int) -> Case:
+    """The same case in two calls, of the tokens before a cut and of those behind it; no document may begin there."""
+    sequences = (*case.sequences, "mask", "segments")
+
+    def run(**inputs: Any) -> Any:
+        inputs = {name: x for name, x in inputs.items() if x is not None or name not in sequences}
+        head = {name: x[:, :at] if name in sequences else x for name, x in inputs.items()}
+        tail = {name: x[:, at:] if name in sequences else x for name, x in inputs.items()}
+        first, state = case.run(**head)
+        second, end = case.run(**tail | {"state": state})
+        return torch.cat([first, second], dim=1), end
+
+    return case.with_run(run)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -16,7 +16,7 @@ def _attention(draw: Draw, t: int) -> Inputs:
 
 def _constant(draw: Draw, t: int) -> Inputs:
     inputs = _attention(draw, t)
-    return {**inputs, "log_decay": draw.uniform(inputs["q"].shape[2], low=-0.1, high=0.0)}
+    return {**inputs, "log_decay": draw.log_decay(inputs["q"].shape[2])}
 
 
 def _scalar(draw: Draw, t: int) -> Inputs:
@@ -47,6 +47,7 @@ def _constant_vector_bonus(draw: Draw, t: int) -> Inputs:
 def _normalized(draw: Draw, t: int) -> Inputs:
     inputs = _scalar(draw, t)
     log_input = draw.uniform(*inputs["log_decay"].shape, low=-5.0, high=1.0)
+    log_input = log_input.masked_fill(draw.uniform(*log_input.shape) < 0.1, -torch.inf)
     matrix = inputs["state"]
     return {**inputs, "log_input": log_input, "state": (matrix, matrix[..., 0] + 1, draw.normal(*matrix.shape[:2]))}
 

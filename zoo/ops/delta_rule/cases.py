@@ -19,7 +19,7 @@ def _sequences(draw: Draw, t: int, h: int, d: int) -> dict[str, Tensor]:
 def _general(draw: Draw, t: int, by_channel: bool = False) -> Inputs:
     """As RWKV-7 has it: the transition is diag(w) - kappa (kappa * iclr)^T read from the other side."""
     h, d = draw.size(2), draw.size(13)
-    kappa, iclr = draw.unit(3, t, h, d), draw.uniform(3, t, h, d)
+    kappa, iclr = draw.unit(3, t, h, d), draw.gate(3, t, h, d)
     log_decay = draw.log_decay(3, t, h, d) if by_channel else draw.log_decay(3, t, h)
     return {"a": -kappa, "b": kappa * iclr, "log_decay": log_decay, **_sequences(draw, t, h, d)}
 
@@ -30,13 +30,13 @@ def _general_by_channel(draw: Draw, t: int) -> Inputs:
 
 def _gated(draw: Draw, t: int) -> Inputs:
     h, d = draw.size(2), draw.size(13)
-    gates = {"beta": draw.uniform(3, t, h, high=2.0), "log_decay": draw.log_decay(3, t, h)}
+    gates = {"beta": draw.gate(3, t, h, high=2.0), "log_decay": draw.log_decay(3, t, h)}
     return {**gates, **_sequences(draw, t, h, d)}
 
 
 def _gated_by_channel(draw: Draw, t: int) -> Inputs:
     h, d = draw.size(2), draw.size(13)
-    gates = {"beta": draw.uniform(3, t, h), "log_decay": draw.log_decay(3, t, h, d)}
+    gates = {"beta": draw.gate(3, t, h), "log_decay": draw.log_decay(3, t, h, d)}
     return {**gates, **_sequences(draw, t, h, d)}
 
 

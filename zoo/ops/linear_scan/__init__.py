@@ -47,7 +47,7 @@ def linear_scan(
         state: h before the first token, (b d), in float32 (float64, complex64, ... where the inputs are).
         mask: (b t), False at padding: the state stays as it is there and the output is 0. None: no padding.
         segments: (b t) ids of the documents packed in a row; each starts from a state of 0, but the row's first, which
-            continues `state`. None: one document a row.
+            continues `state`. None: one document a row. A NaN or an infinity in one may reach the others.
         kernels: which form runs (`zoo.ops.dispatch`).
 
     Returns:

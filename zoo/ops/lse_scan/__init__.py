@@ -67,7 +67,8 @@ def lse_scan(
             sequence starts with num = den = 0 and a maximum of -inf or -1e38.
         mask: (b t), False at padding: the state stays as it is there and the output is 0. None: no padding.
         segments: (b t) ids of the documents packed in a row; each starts with the state of a new sequence, but the
-            row's first, which continues `state`. None: one document a row.
+            row's first, which continues `state`. None: one document a row. A NaN or an infinity in one may reach the
+            others.
         bonus: u, (d): a token reads the state before it decays and before it writes, and itself with the weight
             exp(u + k_t). None: it reads after it has written.
         kernels: which form runs (`zoo.ops.dispatch`).

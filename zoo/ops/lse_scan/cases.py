@@ -7,14 +7,15 @@ from zoo.ops.testing import Case, Draw, Inputs
 
 
 def _average(draw: Draw, t: int) -> Inputs:
-    """As in Aaren: weights of any size, no decay, nothing seen before."""
+    """As in Aaren: weights of any size, 0 among them, no decay, nothing seen before."""
     d = draw.size(37)
-    empty = torch.zeros(3, d, dtype=torch.float64)
+    num, den = torch.zeros(2, 3, d, dtype=torch.float64)
+    k = draw.uniform(3, t, d, low=-90.0, high=90.0)
     return {
-        "k": draw.uniform(3, t, d, low=-90.0, high=90.0),
+        "k": k.masked_fill(draw.uniform(*k.shape) < 0.1, -torch.inf),
         "v": draw.normal(3, t, d),
         "log_decay": torch.zeros(d, dtype=torch.float64),
-        "state": (empty, empty, empty - torch.inf),
+        "state": (num, den, den - torch.inf),
     }
 
 

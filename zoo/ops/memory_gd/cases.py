@@ -11,11 +11,6 @@ from zoo.ops.testing import Case, Draw, Inputs
 SEQUENCES = ("q", "k", "v", "step", "momentum", "decay")
 
 
-def _gate(draw: Draw, t: int) -> torch.Tensor:
-    """(3 t 2) from 0 to 1, both among them."""
-    return draw.uniform(3, t, 2, low=-0.1, high=1.1).clamp(0.0, 1.0)
-
-
 def _inputs(draw: Draw, t: int, *sizes: int) -> Inputs:
     """Sizes of the keys, of the hidden layer if there is one, and of the values."""
     initial = tuple(draw.normal(2, *shape) / shape[0] ** 0.5 for shape in itertools.pairwise(sizes))
@@ -24,9 +19,9 @@ def _inputs(draw: Draw, t: int, *sizes: int) -> Inputs:
         "q": draw.unit(3, t, 2, sizes[0]),
         "k": draw.unit(3, t, 2, sizes[0]),
         "v": draw.normal(3, t, 2, sizes[-1]),
-        "step": draw.uniform(3, t, 2, high=0.2),
-        "momentum": 0.9 * _gate(draw, t).pow(0.5),
-        "decay": _gate(draw, t).pow(2),
+        "step": draw.gate(3, t, 2, high=0.2),
+        "momentum": draw.gate(3, t, 2).pow(0.5),
+        "decay": draw.gate(3, t, 2).pow(2),
         "state": MemoryState(weights, surprise, anchor, torch.tensor([0, 1, 3])),
         "initial": initial,
     }

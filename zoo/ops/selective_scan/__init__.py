@@ -64,13 +64,13 @@ def selective_scan(
     Args:
         x: what the channels are given, (b t d).
         step: size of the step of each channel, Delta in the paper, (b t d), >= 0.
-        A: rate of change of each state, (d n), <= 0.
+        A: rate of change of each state, (d n), <= 0; what is larger lets the state grow, up to infinity.
         B: where in the states a token is written, (b t n).
         C: how the states are read, (b t n).
         state: h before the first token, (b d n), in float32 (float64 where the inputs are).
         mask: (b t), False at padding: the state stays as it is there and the output is 0. None: no padding.
         segments: (b t) ids of the documents packed in a row; each starts from a state of 0, but the row's first, which
-            continues `state`. None: one document a row.
+            continues `state`. None: one document a row. A NaN or an infinity in one may reach the others, but in C++.
         kernels: which form runs (`zoo.ops.dispatch`).
 
     Returns:

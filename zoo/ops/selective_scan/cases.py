@@ -12,7 +12,7 @@ def _draw(draw: Draw, t: int, d: int, n: int) -> Inputs:
     A = -draw.uniform(d, n, low=0.5, high=16.0)
     return {
         "x": draw.normal(3, t, d),
-        "step": -draw.log_decay(3, t, d) / 16,  # step A goes from 0 down to -60
+        "step": -draw.log_decay(3, t, d).clamp(min=-480.0) / 16,  # step A goes from 0 down to -480, a decay of 0
         "A": A,
         "B": draw.normal(3, t, n),
         "C": draw.normal(3, t, n),

@@ -11,6 +11,9 @@
 // Letters: b batch, t tokens, d channels, n states of a channel.
 #include "native.h"
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #include <omp.h>
 
 namespace {
@@ -34,7 +37,7 @@ template <>
 struct Power<float> {
   typedef uint32_t Integers __attribute__((vector_size(kVectorBytes)));
   static constexpr int mantissa_bits = 23;
-  static constexpr float lowest = -127.0f, shift = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the exponent's bias
+  static constexpr float lowest = -127.0f, highest = 128.0f, shift = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the exponent's bias
   // 2^r = 1 + r p(r) for |r| <= 1/2, to 9.2e-8; the highest power first
   static constexpr float p[] = {1.3264727e-3f, 9.6715129e-3f, 5.5507337e-2f, 2.4022242e-1f, 6.9314698e-1f};
 };
@@ -43,7 +46,7 @@ template <>
 struct Power<double> {
   typedef uint64_t Integers __attribute__((vector_size(kVectorBytes)));
   static constexpr int mantissa_bits = 52;
-  static constexpr double lowest = -1023.0, shift = 6755399441055744.0 + 1023.0;
+  static constexpr double lowest = -1023.0, highest = 1024.0, shift = 6755399441055744.0 + 1023.0;
   // (ln 2)^k / k! for k from 13 to 1
   static constexpr double p[] = {1.3691488853904124e-12, 2.5678435993488196e-11, 4.4455382718708101e-10,
                                  7.0549116208011209e-09, 1.0178086009239696e-07, 1.3215486790144305e-06,
@@ -52,13 +55,32 @@ struct Power<double> {
                                  0.69314718055994529};
 };
 
-// 2^x for x <= 0, to 2 units in the last place; 0 where it would be denormal; NaN stays NaN.
+// The larger or smaller of two numbers, lane by lane; the second where one is NaN. Of a comparison and a choice GCC makes
+// two or three instructions, where the processor has one.
+#if defined(__AVX512F__)
+inline Vector<float> larger(Vector<float> x, Vector<float> y) { return _mm512_max_ps(x, y); }
+inline Vector<float> smaller(Vector<float> x, Vector<float> y) { return _mm512_min_ps(x, y); }
+inline Vector<double> larger(Vector<double> x, Vector<double> y) { return _mm512_max_pd(x, y); }
+inline Vector<double> smaller(Vector<double> x, Vector<double> y) { return _mm512_min_pd(x, y); }
+#elif defined(__AVX__)
+inline Vector<float> larger(Vector<float> x, Vector<float> y) { return _mm256_max_ps(x, y); }
+inline Vector<float> smaller(Vector<float> x, Vector<float> y) { return _mm256_min_ps(x, y); }
+inline Vector<double> larger(Vector<double> x, Vector<double> y) { return _mm256_max_pd(x, y); }
+inline Vector<double> smaller(Vector<double> x, Vector<double> y) { return _mm256_min_pd(x, y); }
+#else
+template <typename V>
+inline V larger(V x, V y) { return x > y ? x : y; }
+template <typename V>
+inline V smaller(V x, V y) { return x < y ? x : y; }
+#endif
+
+// 2^x to 2 units in the last place; 0 where it would be denormal, infinity from 2^127.5 (2^1023.5) on; NaN stays NaN.
 template <typename T>
 inline Vector<T> power_of_2(Vector<T> x) {
   using V = Vector<T>;
   using P = Power<T>;
-  const V lowest = V{} + P::lowest;
-  x = x < lowest ? lowest : x;
+  const V lowest = V{} + P::lowest, highest = V{} + P::highest;
+  x = smaller(highest, larger(lowest, x));
   const V shifted = x + P::shift;  // rounds x to a whole number, which stands in the last bits, with the bias
   const V r = x - (shifted - P::shift);
   V p = V{} + P::p[0];
@@ -221,20 +243,22 @@ template <typename T>
 void decode(const Sizes& size, const T* x, const T* step, const T* A, const T* B, const T* C, const T* state,
             const bool* starts, T* y, T* end, int64_t threads) {
   using V = Vector<T>;
+  using Bits = typename Power<T>::Integers;
   constexpr int lanes = kLanes<T>;
   const int64_t n = size.n;
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (int64_t row = 0; row < size.b; row++) {
     for (int64_t group = 0; group < size.groups(); group++) {
-      const T keeps = starts && starts[row] ? T(0) : T(1);
+      const Bits keeps = Bits{} - !(starts && starts[row]);  // all bits or none: a product with 0 would keep NaN
       const int64_t first = group * kGroup;
       for (int64_t c = first; c < first + size.width(group); c++) {
         const int64_t channel = row * size.d + c;
         const T rate = step[channel] * T(kLog2E), write = step[channel] * x[channel];
         V sums{};
         for (int64_t i = 0; i < n; i += lanes) {
-          const V decay = keeps * power_of_2<T>(rate * load_some(A + c * n + i, n - i));
-          const V h = decay * load_some(state + channel * n + i, n - i) + write * load_some(B + row * n + i, n - i);
+          const V decay = power_of_2<T>(rate * load_some(A + c * n + i, n - i));
+          const V found = (V)((Bits)load_some(state + channel * n + i, n - i) & keeps);
+          const V h = decay * found + write * load_some(B + row * n + i, n - i);
           store_some(h, end + channel * n + i, n - i);
           sums += h * load_some(C + row * n + i, n - i);
         }
@@ -359,18 +383,19 @@ void backward(const Sizes& size, const T* x, const T* step, const T* A, const T*
           std::memcpy(h, checkpoints + c * group_states + tile * n, tile_states * sizeof(T));
           for (int64_t i = 0; i < tokens; i++) {
             const int64_t token = row * t + begin + i, place = i * kGroup + tile;
-            const bool starts_anew = starts && starts[token];
             scan_token<true, false, T>(n, tile_rates, packed_step + place, packed_x + place, B + token * n, nullptr,
-                                       starts_anew ? nothing : h + i * tile_states, h + (i + 1) * tile_states,
-                                       decays + i * tile_states, nullptr);
-            if (starts_anew) std::memset(decays + i * tile_states, 0, tile_states * sizeof(T));
+                                       starts && starts[token] ? nothing : h + i * tile_states,
+                                       h + (i + 1) * tile_states, decays + i * tile_states, nullptr);
           }
           for (int64_t i = tokens - 1; i >= 0; i--) {
             const int64_t token = row * t + begin + i, place = i * kGroup + tile;
+            const bool starts_anew = starts && starts[token];
             grad_token<T>(n, tile_rates, packed_step + place, packed_x + place, B + token * n, C + token * n,
-                          h + i * tile_states, h + (i + 1) * tile_states, decays + i * tile_states,
-                          packed_grad_y + place, carry + tile * n, group_grad_A + tile * n, lanes_B + i * n * lanes,
-                          lanes_C + i * n * lanes, packed_grad_x + place, packed_grad_step + place);
+                          starts_anew ? nothing : h + i * tile_states, h + (i + 1) * tile_states,
+                          decays + i * tile_states, packed_grad_y + place, carry + tile * n, group_grad_A + tile * n,
+                          lanes_B + i * n * lanes, lanes_C + i * n * lanes, packed_grad_x + place,
+                          packed_grad_step + place);
+            if (starts_anew) std::memset(carry + tile * n, 0, tile_states * sizeof(T));
           }
         }
         T* group_B = parts_B + ((row * groups + group) * t + begin) * n;

@@ -174,6 +174,10 @@ inline int64_t round_columns(int64_t n) {
   return (n + kColumnBlock<T> - 1) / kColumnBlock<T> * kColumnBlock<T>;
 }
 
+struct Nothing {
+  void operator()() const {}
+};
+
 // out (rows x vectors of columns) = or += a b, summed in registers; a's (r, p) is at r * a_row + p * a_column.
 template <int rows, int vectors, bool accumulate, typename T>
 inline void multiply_tile(int64_t k, const T* __restrict__ a, int64_t a_row, int64_t a_column, const T* __restrict__ b,
@@ -204,42 +208,46 @@ inline void multiply_tile(int64_t k, const T* __restrict__ a, int64_t a_row, int
   }
 }
 
-template <int rows, bool accumulate, typename T>
+template <int rows, bool accumulate, typename T, typename Between>
 inline void multiply_rows(int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
-                          T* out, int64_t out_row) {
+                          T* out, int64_t out_row, Between& between) {
   constexpr int64_t lanes = kLanes<T>;
   int64_t j = 0;
   for (; j + 2 * lanes <= n; j += 2 * lanes) {
     multiply_tile<rows, 2, accumulate>(k, a, a_row, a_column, b + j, b_row, out + j, out_row);
+    between();
   }
   if (j < n) multiply_tile<rows, 1, accumulate>(k, a, a_row, a_column, b + j, b_row, out + j, out_row);
 }
 
-template <bool accumulate, typename T>
+template <bool accumulate, typename T, typename Between>
 inline void multiply_strided(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                             int64_t b_row, T* out, int64_t out_row) {
+                             int64_t b_row, T* out, int64_t out_row, Between& between) {
   constexpr int rows = kVectorBytes == 64 ? 8 : 4;  // as many sums as fit into the registers
   int64_t i = 0;
   for (; i + rows <= m; i += rows) {
-    multiply_rows<rows, accumulate>(n, k, a + i * a_row, a_row, a_column, b, b_row, out + i * out_row, out_row);
+    multiply_rows<rows, accumulate>(n, k, a + i * a_row, a_row, a_column, b, b_row, out + i * out_row, out_row,
+                                    between);
   }
   if (i < m) {
-    multiply_rows<kRowBlock, accumulate>(n, k, a + i * a_row, a_row, a_column, b, b_row, out + i * out_row, out_row);
+    multiply_rows<kRowBlock, accumulate>(n, k, a + i * a_row, a_row, a_column, b, b_row, out + i * out_row, out_row,
+                                         between);
   }
 }
 
 // out (m x n) = or += a (m x k) b (k x n); m a multiple of kRowBlock, n of kLanes<T> (best of kColumnBlock<T>).
-template <bool accumulate, typename T>
+// `between` is called between tiles of out, for small work that the product hides, as prefetching is.
+template <bool accumulate, typename T, typename Between = Nothing>
 inline void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_row, T* out,
-                     int64_t out_row) {
-  multiply_strided<accumulate>(m, n, k, a, a_row, 1, b, b_row, out, out_row);
+                     int64_t out_row, Between&& between = {}) {
+  multiply_strided<accumulate>(m, n, k, a, a_row, 1, b, b_row, out, out_row, between);
 }
 
 // The same with the transpose of a (k x m).
-template <bool accumulate, typename T>
+template <bool accumulate, typename T, typename Between = Nothing>
 inline void multiply_transposed(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_row,
-                                T* out, int64_t out_row) {
-  multiply_strided<accumulate>(m, n, k, a, 1, a_row, b, b_row, out, out_row);
+                                T* out, int64_t out_row, Between&& between = {}) {
+  multiply_strided<accumulate>(m, n, k, a, 1, a_row, b, b_row, out, out_row, between);
 }
 
 #if defined(__clang__)

@@ -8,7 +8,9 @@
 // writes at position i + 1, and its own share is added at the end. Where a document starts the decay is 0; where reads
 // come first, what the starting token reads is dropped as well.
 //
-// Exponents are sums of the log-decays between a write and a read, never differences of sums: -inf is as good as any.
+// The decay between a write and a read is the exponential of a sum of log-decays or a product of decays, never made of
+// differences or quotients: -inf is as good as any. What is carried from chunk to chunk decays by sums, so that the
+// errors of many factors near 1 do not add up.
 //
 // Letters: b batch, t tokens, h heads, d key width, e value width.
 #include "native.h"
@@ -17,7 +19,8 @@ namespace {
 
 using namespace zoo;
 
-constexpr int64_t kBlock = 16;  // rows of a triangle that are multiplied at once
+constexpr int64_t kBlock = 16;  // rows and columns of a triangle that are computed at once
+constexpr int64_t kStrip = 8;   // rows of a triangle that are multiplied at once
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -38,6 +41,14 @@ struct Gradients {
   T *q, *k, *v, *log_decay, *state, *bonus, *normalizer;
 };
 
+// first, first + 1, ... in the lanes of a vector
+template <typename T>
+inline Vector<T> count_from(int64_t first) {
+  Vector<T> numbers;
+  for (int i = 0; i < kLanes<T>; i++) numbers[i] = first + i;
+  return numbers;
+}
+
 // Hands out the parts of a worker's memory; without any, it counts how much there should be.
 template <typename T>
 struct Arena {
@@ -53,9 +64,12 @@ struct Arena {
 
 template <typename T>
 inline T dot(int64_t n, const T* __restrict__ x, const T* __restrict__ y) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += x[i] * y[i];
+  using V = Vector<T>;
+  V sums{};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) sums += *(const V*)(x + i) * *(const V*)(y + i);
+  T sum = sum_lanes<T>(sums);
+  for (; i < n; i++) sum += x[i] * y[i];
   return sum;
 }
 
@@ -72,16 +86,11 @@ inline void scale_row(int64_t n, T scale, const T* x, T* out) {
   for (int64_t i = 0; i < n; i++) out[i] = scale * x[i];
 }
 
-// y = scale y; its product with x
+// Flattened, as a loop with a call in it does not become vector code.
 template <typename T>
-inline T scale_and_dot(int64_t n, T scale, T* __restrict__ y, const T* __restrict__ x) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) {
-    y[i] *= scale;
-    sum += x[i] * y[i];
-  }
-  return sum;
+[[gnu::flatten]] inline void exponentials(int64_t n, const T* x, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] = exponential(x[i]);
 }
 
 // out = x y
@@ -121,6 +130,39 @@ inline void store_rows(const T* x, int64_t x_row, int64_t rows, T* out, int64_t 
   }
 }
 
+// Rows of a head that are needed soon. They lie far apart, where the processor cannot guess them. Asked for in small
+// portions while a product is computed, they arrive for nothing; all at once they would keep it waiting.
+template <typename T>
+class Prefetcher {
+ public:
+  void clear() { count_ = current_ = 0; }
+
+  // `rows` rows, `step` apart
+  void add(const T* x, int64_t step, int64_t width, int64_t rows) {
+    if (rows > 0) pending_[count_++] = {x, step, width, rows};
+  }
+
+  void operator()() {  // ask for a portion
+    for (int64_t asked = 0; asked < kPortion && current_ < count_;) {
+      Rows& at = pending_[current_];
+      for (int64_t i = 0; i < at.width; i += 64 / sizeof(T)) __builtin_prefetch(at.x + i);
+      asked += at.width;
+      at.x += at.step;
+      if (--at.rows == 0) current_++;
+    }
+  }
+
+ private:
+  struct Rows {
+    const T* x;
+    int64_t step, width, rows;
+  };
+  static constexpr int64_t kPortion = (kVectorBytes == 64 ? 16 : 4) * 64 / sizeof(T);  // the elements of a tile
+
+  Rows pending_[9];
+  int count_ = 0, current_ = 0;
+};
+
 // What a worker holds of a chunk. Of the `capacity` rows of its matrices, `rows`, a multiple of kBlock, are in use;
 // those behind the last token are zero, with decay 1. Rows of d elements lie d_row apart, rows of e elements e_row.
 template <typename T, bool by_channel>
@@ -137,6 +179,7 @@ struct Chunk {
   T *reads, *writes;  // q and k, decayed so
   T* keep;            // decay over all of the chunk (d)
   T* turned;          // the transpose of the matrix at hand
+  Prefetcher<T> prefetcher;
 
   Chunk(const Inputs<T>& in, Arena<T>& arena)
       : in(in), d_row(round_up(in.d, kLanes<T>)), e_row(round_up(in.e, kLanes<T>)) {
@@ -162,6 +205,17 @@ struct Chunk {
     rows = std::min(capacity, round_up(in.positions() - first, kBlock));
   }
 
+  // The rows of a chunk that begins at token `from`, of a tensor (b t h width), will be needed soon.
+  void expect(const T* x, int64_t width, int64_t from) {
+    const int64_t begin = std::max<int64_t>(from, 0), step = in.h * width;
+    prefetcher.add(x + offset(width) + begin * step, step, width, std::min(from + capacity, in.t) - begin);
+  }
+  void expect_writes(int64_t first_position) {
+    expect(in.k, in.d, first_position - in.lag());
+    expect(in.v, in.e, first_position - in.lag());
+    if constexpr (by_channel) expect(in.log_decay, in.d, first_position - in.lag());
+  }
+
   void load_writes() {
     load_rows(in.k + offset(in.d), in.h * in.d, in.d, in.t, first - in.lag(), rows, k, d_row);
     load_rows(in.v + offset(in.e), in.h * in.e, in.e, in.t, first - in.lag(), rows, v, e_row);
@@ -176,8 +230,7 @@ struct Chunk {
           std::fill(out, out + d_row, empties ? T(0) : T(1));
           continue;
         }
-#pragma omp simd
-        for (int64_t i = 0; i < in.d; i++) out[i] = exponential(from[i]);
+        exponentials(in.d, from, out);
         std::fill(out + in.d, out + d_row, T(1));
       } else {
         *out = empties ? -std::numeric_limits<T>::infinity() : inside ? *from : T(0);
@@ -207,8 +260,7 @@ struct Chunk {
         until[s] = sum;
         sum += log_decay[s];
       }
-#pragma omp simd
-      for (int64_t s = 0; s < rows; s++) until[s] = exponential(until[s]);
+      exponentials(rows, until, until);
       std::fill(keep, keep + d_row, exponential(sum));
       for (int64_t s = 0; s < rows; s++) scale_row(d_row, until[s], k + s * d_row, writes + s * d_row);
     }
@@ -217,7 +269,7 @@ struct Chunk {
   // state (d x e) and normalizer (d): from before the chunk to behind it
   void advance(T* state, T* normalizer) {
     for (int64_t i = 0; i < in.d; i++) scale_row(e_row, keep[i], state + i * e_row, state + i * e_row);
-    multiply_transposed<true>(round_rows(in.d), e_row, rows, writes, d_row, v, e_row, state, e_row);
+    multiply_transposed<true>(round_rows(in.d), e_row, rows, writes, d_row, v, e_row, state, e_row, prefetcher);
     if (in.normalizer) advance_normalizer(normalizer, normalizer);
   }
 
@@ -236,50 +288,39 @@ struct Chunk {
     }
   }
 
-  // Between blocks the decay of a pair is that of the write up to the block, times that from there to the read.
   void score_by_head() {
     transpose(rows, in.d, k, d_row, turned, capacity);
-    T sums[capacity], weight[capacity], reach[kBlock];  // from each write to the block at hand; exponentials
-    T sum = 0;
     for (int64_t i = 0; i < rows; i += kBlock) {
-      multiply<false>(kBlock, i + kBlock, in.d, q + i * d_row, d_row, turned, capacity, scores + i * capacity,
-                      capacity);
-#pragma omp simd
-      for (int64_t s = 0; s < i; s++) weight[s] = exponential(sums[s]);
-      T inside = 0, between[kBlock];  // from the beginning of the block, from each of its writes, to the read at hand
-      std::fill(between, between + kBlock, -std::numeric_limits<T>::infinity());
-      for (int64_t r = 0; r < kBlock; r++) {
-        inside += log_decay[i + r];
-        reach[r] = inside;
-        since[i + r] = sum + inside;
-      }
-#pragma omp simd
-      for (int64_t r = 0; r < kBlock; r++) reach[r] = exponential(reach[r]);
-      for (int64_t r = 0; r < kBlock; r++) {
-        T* __restrict__ score = scores + (i + r) * capacity;
-        T* __restrict__ factor = decay + (i + r) * capacity;
-#pragma omp simd
-        for (int64_t s = 0; s < i; s++) {
-          factor[s] = reach[r] * weight[s];
-          score[s] *= factor[s];
-        }
-        const T step = log_decay[i + r];
-#pragma omp simd
-        for (int64_t s = 0; s < kBlock; s++) between[s] += step;
-        between[r] = 0;
-#pragma omp simd
-        for (int64_t s = 0; s < kBlock; s++) {
-          factor[i + s] = exponential(between[s]);
-          score[i + s] *= factor[i + s];
-        }
-      }
-      for (int64_t s = 0; s < i; s++) sums[s] += inside;
-      std::copy(between, between + kBlock, sums + i);
-      sum += inside;
+      multiply<false>(kBlock, i + kBlock, in.d, q + i * d_row, d_row, turned, capacity, scores + i * capacity, capacity,
+                      prefetcher);
     }
-#pragma omp simd
-    for (int64_t r = 0; r < rows; r++) since[r] = exponential(since[r]);
+    T sum = 0;
+    for (int64_t r = 0; r < rows; r++) {
+      sum += log_decay[r];
+      since[r] = sum;
+    }
+    exponentials(rows, since, since);
     for (int64_t r = 0; r < rows; r++) scale_row(d_row, since[r], q + r * d_row, reads + r * d_row);
+    decay_scores();
+  }
+
+  // The decay of a pair is the product of those between: down a column of the matrix it falls from 1 on.
+  void decay_scores() {
+    using V = Vector<T>;
+    T step[capacity];
+    exponentials(rows, log_decay, step);
+    for (int64_t s = 0; s < rows; s += kLanes<T>) {
+      const V column = count_from<T>(s);
+      V factor{};
+      for (int64_t r = s / kBlock * kBlock; r < rows; r++) {
+        factor *= step[r];
+        factor = factor < std::numeric_limits<T>::min() ? V{} : factor;  // denormal numbers are slow
+        factor = column == T(r) ? V{} + 1 : factor;
+        T* score = scores + r * capacity + s;
+        *(V*)(decay + r * capacity + s) = factor;
+        *(V*)score *= factor;
+      }
+    }
   }
 
   void score_by_channel(const T* grad_scores, T* grad_q) {
@@ -355,12 +396,16 @@ struct Forward {
       c.seek(first);
       c.load_writes();
       c.load_reads();
+      c.prefetcher.clear();
+      c.expect(all_y, in.e, first);
+      c.expect_writes(first + c.capacity);
+      c.expect(in.q, in.d, first + c.capacity);
       c.score();
-      for (int64_t i = 0; i < c.rows; i += kBlock) {
-        multiply<false>(kBlock, c.e_row, i + kBlock, c.scores + i * c.capacity, c.capacity, c.v, c.e_row,
-                        y + i * c.e_row, c.e_row);
+      for (int64_t i = 0; i < c.rows; i += kStrip) {
+        multiply<false>(kStrip, c.e_row, i + kStrip, c.scores + i * c.capacity, c.capacity, c.v, c.e_row,
+                        y + i * c.e_row, c.e_row, c.prefetcher);
       }
-      multiply<true>(c.rows, c.e_row, in.d, c.reads, c.d_row, state, c.e_row, y, c.e_row);
+      multiply<true>(c.rows, c.e_row, in.d, c.reads, c.d_row, state, c.e_row, y, c.e_row, c.prefetcher);
       store_rows(y, c.e_row, c.rows, all_y + c.offset(in.e), in.h * in.e, in.e, in.t, first);
       if (in.normalizer) {
         for (int64_t r = 0; r < std::min(c.rows, in.t - first); r++) {
@@ -482,9 +527,12 @@ struct Backward {
       c.seek(first);
       c.load_writes();
       c.weigh_writes();
+      c.prefetcher.clear();
+      c.expect_writes(first + c.capacity);
       T* after = before + size;
       for (int64_t j = 0; j < round_rows(in.e); j++) multiply_row(d_row, c.keep, before + j * d_row, after + j * d_row);
-      multiply_transposed<true>(round_rows(in.e), d_row, c.rows, c.v, c.e_row, c.writes, d_row, after, d_row);
+      multiply_transposed<true>(round_rows(in.e), d_row, c.rows, c.v, c.e_row, c.writes, d_row, after, d_row,
+                                c.prefetcher);
       if (in.normalizer) c.advance_normalizer(normal, normal + d_row);
       before = after, normal += d_row;
     }
@@ -498,11 +546,12 @@ struct Backward {
     c.load_reads();
     const int64_t rows = c.rows;
     load_rows(grad.y + c.offset(in.e), in.h * in.e, in.e, in.t, first, rows, y, e_row);
+    expect_rows(first);
 
     transpose(rows, in.e, c.v, e_row, c.turned, capacity);
     for (int64_t i = 0; i < rows; i += kBlock) {
       multiply<false>(kBlock, i + kBlock, in.e, y + i * e_row, e_row, c.turned, capacity, scores + i * capacity,
-                      capacity);
+                      capacity, c.prefetcher);
     }
     if (in.normalizer) {
       load_rows(grad.q_n + c.offset(1), in.h, 1, in.t, first, rows, q_n, 1);
@@ -512,11 +561,11 @@ struct Backward {
     }
 
     // what passes through the state: of the reads ...
-    multiply<false>(rows, d_row, in.e, y, e_row, before, d_row, q, d_row);
+    multiply<false>(rows, d_row, in.e, y, e_row, before, d_row, q, d_row, c.prefetcher);
     for (int64_t r = 0; in.normalizer && r < rows; r++) add_scaled(d_row, q_n[r], normal_before, q + r * d_row);
     // ... of the writes ...
     transpose(d_row, in.e, state, e_row, c.turned, d_row);
-    multiply<false>(rows, d_row, in.e, c.v, e_row, c.turned, d_row, k, d_row);
+    multiply<false>(rows, d_row, in.e, c.v, e_row, c.turned, d_row, k, d_row, c.prefetcher);
     for (int64_t s = 0; in.normalizer && s < rows; s++) add_scaled(d_row, T(1), normalizer, k + s * d_row);
 
     if constexpr (by_channel) {
@@ -525,20 +574,32 @@ struct Backward {
       finish_by_head(before, normal_before);
     }
 
-    for (int64_t i = 0; i < rows; i += kBlock) {
-      multiply_transposed<false>(kBlock, e_row, rows - i, c.scores + i * capacity + i, capacity, y + i * e_row, e_row,
-                                 v + i * e_row, e_row);
+    for (int64_t i = 0; i < rows; i += kStrip) {
+      multiply_transposed<false>(kStrip, e_row, rows - i, c.scores + i * capacity + i, capacity, y + i * e_row, e_row,
+                                 v + i * e_row, e_row, c.prefetcher);
     }
-    multiply<true>(rows, e_row, in.d, c.writes, d_row, state, e_row, v, e_row);
+    multiply<true>(rows, e_row, in.d, c.writes, d_row, state, e_row, v, e_row, c.prefetcher);
 
     // ... and of the state before the chunk
     for (int64_t i = 0; i < in.d; i++) scale_row(e_row, c.keep[i], state + i * e_row, state + i * e_row);
-    multiply_transposed<true>(round_rows(in.d), e_row, rows, c.reads, d_row, y, e_row, state, e_row);
+    multiply_transposed<true>(round_rows(in.d), e_row, rows, c.reads, d_row, y, e_row, state, e_row, c.prefetcher);
     if (in.normalizer) {
       multiply_row(d_row, c.keep, normalizer, normalizer);
       for (int64_t r = 0; r < rows; r++) add_scaled(d_row, q_n[r], c.reads + r * d_row, normalizer);
     }
     store(first);
+  }
+
+  void expect_rows(int64_t first) {
+    auto& c = chunk;
+    c.prefetcher.clear();
+    c.expect(grad.q, in.d, first);
+    c.expect(grad.k, in.d, first - in.lag());
+    c.expect(grad.v, in.e, first - in.lag());
+    if constexpr (by_channel) c.expect(grad.log_decay, in.d, first - in.lag());
+    c.expect_writes(first - c.capacity);
+    c.expect(in.q, in.d, first - c.capacity);
+    c.expect(grad.y, in.e, first - c.capacity);
   }
 
   void store(int64_t first) {
@@ -568,32 +629,42 @@ struct Backward {
     carried *= c.keep[0];
     for (int64_t s = 0; s < rows; s++) {
       log_decay[s] = carried;
-      carried += scale_and_dot(d_row, c.until[s], k + s * d_row, c.k + s * d_row);
+      carried += c.until[s] * dot(d_row, k + s * d_row, c.k + s * d_row);
+      scale_row(d_row, c.until[s], k + s * d_row, k + s * d_row);
     }
-    T read = 0, pairs[Chunk<T, by_channel>::capacity] = {};  // of the reads from r on, the latter by write
+    T read = 0;
     for (int64_t r = rows - 1; r >= 0; r--) {
-      read += scale_and_dot(d_row, c.since[r], q + r * d_row, c.q + r * d_row);
-      T* __restrict__ grad_score = scores + r * capacity;
-      T* __restrict__ score = c.scores + r * capacity;
-      const T* __restrict__ factor = c.decay + r * capacity;
-      const int64_t width = r / kBlock * kBlock + kBlock;
-      const T own = score[r];
-      T sum = read;
-      pairs[r] = score[r] = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t s = 0; s < width; s++) {
-        pairs[s] += score[s] * grad_score[s];
-        grad_score[s] *= factor[s];
-        sum += pairs[s];
+      read += c.since[r] * dot(d_row, q + r * d_row, c.q + r * d_row);
+      scale_row(d_row, c.since[r], q + r * d_row, q + r * d_row);
+      log_decay[r] += read;
+    }
+    add_pairs();
+    for (int64_t i = 0; i < rows; i += kStrip) {
+      multiply<true>(kStrip, d_row, i + kStrip, scores + i * capacity, capacity, c.k, d_row, q + i * d_row, d_row,
+                     c.prefetcher);
+      multiply_transposed<true>(kStrip, d_row, rows - i, scores + i * capacity + i, capacity, c.q + i * d_row, d_row,
+                                k + i * d_row, d_row, c.prefetcher);
+    }
+  }
+
+  // Pairs of a write before a decay and a read at or behind it; their gradients, decayed as the scores are.
+  void add_pairs() {
+    using V = Vector<T>;
+    auto& c = chunk;
+    const int64_t capacity = c.capacity, rows = c.rows;
+    V sums[Chunk<T, by_channel>::capacity] = {};
+    for (int64_t s = 0; s < rows; s += kLanes<T>) {
+      const V column = count_from<T>(s);
+      V pairs{};
+      for (int64_t r = rows - 1; r >= s / kBlock * kBlock; r--) {
+        T* at = scores + r * capacity + s;
+        pairs += *(const V*)at * *(const V*)(c.scores + r * capacity + s);
+        pairs = column < T(r) ? pairs : V{};
+        *(V*)at *= *(const V*)(c.decay + r * capacity + s);
+        sums[r] += pairs;
       }
-      score[r] = own;
-      log_decay[r] += sum;
     }
-    for (int64_t i = 0; i < rows; i += kBlock) {
-      multiply<true>(kBlock, d_row, i + kBlock, scores + i * capacity, capacity, c.k, d_row, q + i * d_row, d_row);
-      multiply_transposed<true>(kBlock, d_row, rows - i, scores + i * capacity + i, capacity, c.q + i * d_row, d_row,
-                                k + i * d_row, d_row);
-    }
+    for (int64_t r = 0; r < rows; r++) log_decay[r] += sum_lanes<T>(sums[r]);
   }
 
   // The same for each channel. Pairs around a decay are those that read from it on, less those that also write there.

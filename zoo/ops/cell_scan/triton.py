@@ -119,6 +119,21 @@ def _log_sigmoid(x):
 
 
 @triton.jit
+def _load_tiles(x, stride, inside, COUNT: tl.constexpr):
+    """A tuple of tiles (r d), a stride apart, 0 outside."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles += (tl.load(x + i * stride, mask=inside, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _store_tiles(x, stride, inside, tiles):
+    for i in tl.static_range(len(tiles)):
+        tl.store(x + i * stride, tiles[i], mask=inside)
+
+
+@triton.jit
 def _weights(recurrent, head, gate, d, GATES: tl.constexpr, D: tl.constexpr):
     """The weights of a gate, (d d), padded with zeros."""
     k = tl.arange(0, D)[:, None]
@@ -235,11 +250,7 @@ def _forward(
     for token in tl.range(0, t, num_stages=2 if HOLD else 1):
         cell = (row * t + token) * h + head
         at_x = cell * GATES * d + channel
-        x0 = tl.load(x + at_x, mask=inside, other=0.0).to(tl.float32)
-        x1 = tl.load(x + at_x + d, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(x + at_x + 2 * d, mask=inside, other=0.0).to(tl.float32)
-        if GATES == 4:
-            x3 = tl.load(x + at_x + 3 * d, mask=inside, other=0.0).to(tl.float32)
+        xs = _load_tiles(x + at_x, d, inside, GATES)
         if starts is not None:
             anew = _flags(starts, row, token, b, t)
             hidden = tl.where(anew, 0.0, hidden)
@@ -259,35 +270,28 @@ def _forward(
             h3 = _from_h(hidden, w3, recurrent, head, 3, d, bias3, GATES, HOLD, PRECISION, D)
         at_kept = cell * KEPT * d + channel
         if CELL == "lstm":
-            i = tl.sigmoid(x0 + h0)
-            f = tl.sigmoid(x1 + h1)
-            g = _tanh(x2 + h2)
-            o = tl.sigmoid(x3 + h3)
+            i = tl.sigmoid(xs[0] + h0)
+            f = tl.sigmoid(xs[1] + h1)
+            g = _tanh(xs[2] + h2)
+            o = tl.sigmoid(xs[3] + h3)
             c = tl.where(real, f * c + i * g, c)
             hidden = tl.where(real, o * _tanh(c), hidden)
             if kept is not None:
-                tl.store(kept + at_kept, i, mask=inside)
-                tl.store(kept + at_kept + d, f, mask=inside)
-                tl.store(kept + at_kept + 2 * d, g, mask=inside)
-                tl.store(kept + at_kept + 3 * d, o, mask=inside)
-                tl.store(kept + at_kept + 4 * d, c, mask=inside)
+                _store_tiles(kept + at_kept, d, inside, (i, f, g, o, c))
         elif CELL == "gru":
-            r = tl.sigmoid(x0 + h0)
-            z = tl.sigmoid(x1 + h1)
-            new = _tanh(x2 + r * h2)
+            r = tl.sigmoid(xs[0] + h0)
+            z = tl.sigmoid(xs[1] + h1)
+            new = _tanh(xs[2] + r * h2)
             hidden = tl.where(real, new + z * (hidden - new), hidden)
             if kept is not None:
-                tl.store(kept + at_kept, r, mask=inside)
-                tl.store(kept + at_kept + d, z, mask=inside)
-                tl.store(kept + at_kept + 2 * d, new, mask=inside)
-                tl.store(kept + at_kept + 3 * d, h2, mask=inside)
+                _store_tiles(kept + at_kept, d, inside, (r, z, new, h2))
         else:
-            log_f = _log_sigmoid(x1 + h1)
-            z = _tanh(x2 + h2)
-            o = tl.sigmoid(x3 + h3)
+            log_f = _log_sigmoid(xs[1] + h1)
+            z = _tanh(xs[2] + h2)
+            o = tl.sigmoid(xs[3] + h3)
             empty = n == 0.0
-            new_m = tl.where(empty, x0 + h0, tl.maximum(log_f + m, x0 + h0))
-            i = tl.exp(x0 + h0 - new_m)
+            new_m = tl.where(empty, xs[0] + h0, tl.maximum(log_f + m, xs[0] + h0))
+            i = tl.exp(xs[0] + h0 - new_m)
             f = tl.exp(tl.where(empty, -float("inf"), (m - new_m) + log_f))
             c = tl.where(real, f * c + i * z, c)
             n = tl.where(real, f * n + i, n)
@@ -295,13 +299,7 @@ def _forward(
             # rows behind the last keep their zeros: they are not divided by
             hidden = tl.where(real, o * c / tl.where(real, n, 1.0), hidden)
             if kept is not None:
-                tl.store(kept + at_kept, i, mask=inside)
-                tl.store(kept + at_kept + d, f, mask=inside)
-                tl.store(kept + at_kept + 2 * d, z, mask=inside)
-                tl.store(kept + at_kept + 3 * d, o, mask=inside)
-                tl.store(kept + at_kept + 4 * d, tl.sigmoid(-x1 - h1), mask=inside)
-                tl.store(kept + at_kept + 5 * d, c, mask=inside)
-                tl.store(kept + at_kept + 6 * d, n, mask=inside)
+                _store_tiles(kept + at_kept, d, inside, (i, f, z, o, tl.sigmoid(-xs[1] - h1), c, n))
         if y is not None:
             tl.store(y + cell * d + channel, hidden, mask=inside)
 
@@ -376,10 +374,7 @@ def _backward(
         cell = (row * t + token) * h + head
         at_kept = cell * KEPT * d + channel
         at_x = cell * GATES * d + channel
-        kept0 = tl.load(kept + at_kept, mask=inside, other=0.0)
-        kept1 = tl.load(kept + at_kept + d, mask=inside, other=0.0)
-        kept2 = tl.load(kept + at_kept + 2 * d, mask=inside, other=0.0)
-        kept3 = tl.load(kept + at_kept + 3 * d, mask=inside, other=0.0)
+        kept0, kept1, kept2, kept3 = _load_tiles(kept + at_kept, d, inside, 4)
         g_h += tl.load(grad_y + cell * d + channel, mask=inside, other=0.0)
         is_first = tl.full([ROWS, 1], token, tl.int32) == 0
         anew = row < 0
@@ -406,11 +401,9 @@ def _backward(
             g0 = g2 * kept3 * kept0 * (1 - kept0)
             g1 = tl.where(real, g_h * (h_before - kept2) * kept1 * (1 - kept1), 0.0)
             g_h = tl.where(real, g_h * kept1, g_h)
-            tl.store(grad_x + at_x + 2 * d, g2, mask=inside)
-            tl.store(grad_gates + at_x, g0, mask=inside)
-            tl.store(grad_gates + at_x + d, g1, mask=inside)
+            _store_tiles(grad_x + at_x, d, inside, (g0, g1, g2))
             g2 *= kept0
-            tl.store(grad_gates + at_x + 2 * d, g2, mask=inside)
+            _store_tiles(grad_gates + at_x, d, inside, (g0, g1, g2))
         else:
             slope = tl.load(kept + at_kept + 4 * d, mask=inside, other=0.0)
             c = tl.load(kept + at_kept + 5 * d, mask=inside, other=0.0)
@@ -429,14 +422,11 @@ def _backward(
             g_n = tl.where(real, total_n * kept1, g_n)
             g_h = tl.where(real, 0.0, g_h)
 
-        tl.store(grad_x + at_x, g0, mask=inside)
-        tl.store(grad_x + at_x + d, g1, mask=inside)
         g_h += _to_h(g0, w0, recurrent, head, 0, d, GATES, HOLD, PRECISION, D)
         g_h += _to_h(g1, w1, recurrent, head, 1, d, GATES, HOLD, PRECISION, D)
         g_h += _to_h(g2, w2, recurrent, head, 2, d, GATES, HOLD, PRECISION, D)
         if GATES == 4:
-            tl.store(grad_x + at_x + 2 * d, g2, mask=inside)
-            tl.store(grad_x + at_x + 3 * d, g3, mask=inside)
+            _store_tiles(grad_x + at_x, d, inside, (g0, g1, g2, g3))
             g_h += _to_h(g3, w3, recurrent, head, 3, d, GATES, HOLD, PRECISION, D)
         if starts is not None:
             g_h = tl.where(anew, 0.0, g_h)

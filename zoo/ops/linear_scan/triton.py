@@ -66,6 +66,20 @@ def _then_complex(a1, ai1, b1, bi1, a2, ai2, b2, bi2):
 
 
 @triton.jit
+def _scan(keep, add, carry):
+    """A tile (c d) of h, given that before it (d)."""
+    keep, add = tl.associative_scan((keep, add), 0, _then)
+    return keep * carry[None, :] + add
+
+
+@triton.jit
+def _scan_complex(keep, keep_i, add, add_i, carry, carry_i):
+    keep, keep_i, add, add_i = tl.associative_scan((keep, keep_i, add, add_i), 0, _then_complex)
+    tile = keep * carry[None, :] - keep_i * carry_i[None, :] + add
+    return tile, keep * carry_i[None, :] + keep_i * carry[None, :] + add_i
+
+
+@triton.jit
 def _last(x, CHUNK: tl.constexpr):
     """The last row of a tile (c d)."""
     return tl.sum(tl.where(tl.arange(0, CHUNK)[:, None] == CHUNK - 1, x, 0.0), 0)
@@ -89,14 +103,11 @@ def _forward(a, b, state, h, end, t, d, COMPLEX: tl.constexpr, CHUNK: tl.constex
         if COMPLEX:
             keep_i = tl.load(a + at + 1, mask=there, other=0.0)
             add_i = tl.load(b + at + 1, mask=there, other=0.0)
-            keep, keep_i, add, add_i = tl.associative_scan((keep, keep_i, add, add_i), 0, _then_complex)
-            tile = keep * carry[None, :] - keep_i * carry_i[None, :] + add
-            tile_i = keep * carry_i[None, :] + keep_i * carry[None, :] + add_i
+            tile, tile_i = _scan_complex(keep, keep_i, add, add_i, carry, carry_i)
             tl.store(h + at + 1, tile_i, mask=there)
             carry_i = _last(tile_i, CHUNK)
         else:
-            keep, add = tl.associative_scan((keep, add), 0, _then)
-            tile = keep * carry[None, :] + add
+            tile = _scan(keep, add, carry)
         tl.store(h + at, tile, mask=there)
         carry = _last(tile, CHUNK)
     tl.store(end + (row * d + channel) * parts, carry, mask=inside)
@@ -145,16 +156,13 @@ def _backward(
             add_i = tl.load(grad_h + at + 1, mask=there, other=0.0)
             before_i = tl.load(h + at - d * parts + 1, mask=has_previous, other=0.0)
             before_i += tl.load(state + before_first + 1, mask=first, other=0.0)
-            keep, keep_i, add, add_i = tl.associative_scan((keep, keep_i, add, add_i), 0, _then_complex)
-            g = keep * carry[None, :] - keep_i * carry_i[None, :] + add
-            g_i = keep * carry_i[None, :] + keep_i * carry[None, :] + add_i
+            g, g_i = _scan_complex(keep, keep_i, add, add_i, carry, carry_i)
             tl.store(grad_b + at + 1, g_i, mask=there)
             tl.store(grad_a + at, g * before + g_i * before_i, mask=there)
             tl.store(grad_a + at + 1, g_i * before - g * before_i, mask=there)
             carry_i = _last(g_i, CHUNK)
         else:
-            keep, add = tl.associative_scan((keep, add), 0, _then)
-            g = keep * carry[None, :] + add
+            g = _scan(keep, add, carry)
             tl.store(grad_a + at, g * before, mask=there)
         tl.store(grad_b + at, g, mask=there)
         carry = _last(g, CHUNK)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.ops.gpu import launch
 from zoo.ops.lse_scan.reference import EMPTY
+from zoo.ops.tiles import load_float32
 
 BLOCK, WARPS = 64, 1
 _EMPTY: tl.constexpr = tl.constexpr(EMPTY)
@@ -121,19 +122,19 @@ def _forward(
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < d
-    num_t = tl.load(num + row * d + channel, mask=inside, other=0.0)
-    den_t = tl.load(den + row * d + channel, mask=inside, other=0.0)
+    num_t = load_float32(num + row * d + channel, inside)
+    den_t = load_float32(den + row * d + channel, inside)
     maximum_t = tl.load(maximum + row * d + channel, mask=inside, other=_EMPTY)
     if not TIMED:
-        decay_t = tl.load(log_decay + channel, mask=inside, other=0.0).to(tl.float32)
+        decay_t = load_float32(log_decay + channel, inside)
     if bonus is not None:
-        u = tl.load(bonus + channel, mask=inside, other=0.0).to(tl.float32)
+        u = load_float32(bonus + channel, inside)
     for token in tl.range(0, t, num_stages=4):
         at = (row * t + token) * d + channel
-        k_t = tl.load(k + at, mask=inside, other=0.0).to(tl.float32)
-        v_t = tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
+        k_t = load_float32(k + at, inside)
+        v_t = load_float32(v + at, inside)
         if TIMED:
-            decay_t = tl.load(log_decay + at, mask=inside, other=0.0).to(tl.float32)
+            decay_t = load_float32(log_decay + at, inside)
         if starts is not None:
             anew = tl.load(starts + row * t + token) != 0
             num_t = tl.where(anew, 0.0, num_t)
@@ -191,25 +192,25 @@ def _backward(
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < d
-    g_num = tl.load(grad_num_end + row * d + channel, mask=inside, other=0.0)
-    g_den = tl.load(grad_den_end + row * d + channel, mask=inside, other=0.0)
+    g_num = load_float32(grad_num_end + row * d + channel, inside)
+    g_den = load_float32(grad_den_end + row * d + channel, inside)
     g_decay = tl.zeros([BLOCK], tl.float32)
     g_bonus = tl.zeros([BLOCK], tl.float32)
     if not TIMED:
-        decay_t = tl.load(log_decay + channel, mask=inside, other=0.0).to(tl.float32)
+        decay_t = load_float32(log_decay + channel, inside)
     if bonus is not None:
-        u = tl.load(bonus + channel, mask=inside, other=0.0).to(tl.float32)
+        u = load_float32(bonus + channel, inside)
     for step in tl.range(0, t, num_stages=3):
         token = t - 1 - step
         at = (row * t + token) * d + channel
-        k_t = tl.load(k + at, mask=inside, other=0.0).to(tl.float32)
-        v_t = tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
-        num_t = tl.load(nums_before + at, mask=inside, other=0.0)
-        den_t = tl.load(dens_before + at, mask=inside, other=0.0)
+        k_t = load_float32(k + at, inside)
+        v_t = load_float32(v + at, inside)
+        num_t = load_float32(nums_before + at, inside)
+        den_t = load_float32(dens_before + at, inside)
         maximum_t = tl.load(maxima_before + at, mask=inside, other=_EMPTY)
-        g_y = tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32)
+        g_y = load_float32(grad_y + at, inside)
         if TIMED:
-            decay_t = tl.load(log_decay + at, mask=inside, other=0.0).to(tl.float32)
+            decay_t = load_float32(log_decay + at, inside)
 
         num_after, den_after, _, keep, weight = _add(num_t, den_t, maximum_t, decay_t, k_t, v_t)
         if bonus is None:

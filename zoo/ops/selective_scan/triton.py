@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.gpu import launch, next_power_of_2, target
+from zoo.ops.tiles import load_float32
 
 FORWARD_PART, BACKWARD_PART = 8, 4
 SEGMENT = 1024
@@ -32,7 +33,7 @@ def forward(
     y, end = torch.empty_like(x), torch.empty_like(state)
     (b, t, d), n = x.shape, A.shape[1]
     tensors = (x, step, A, B, C, state, starts, y, end)
-    constants = _constants(n, starts, FORWARD_PART)
+    constants = _constants(n, FORWARD_PART)
     launch(_forward, (b, triton.cdiv(d, _block(n))), *tensors, t, d, n, warps=1, **constants)
     return y, end
 
@@ -54,7 +55,7 @@ def backward(
     def keep_states(state: Tensor, first: int, stop: int, every: int, part: int) -> Tensor:
         """The states before tokens `first`, `first + every`, ...: (k b d n), given that before `first`."""
         states = state.new_empty(triton.cdiv(stop - first, every), *state.shape)
-        constants = _constants(n, starts, part)
+        constants = _constants(n, part)
         launch(
             *(_keep_states, grid, x, step, A, B, state, starts, states, first, stop, t, d, n),
             **constants,
@@ -72,7 +73,7 @@ def backward(
         first, stop = segment * SEGMENT, min((segment + 1) * SEGMENT, t)
         states = keep_states(before_segments[segment], first, stop, BACKWARD_PART, BACKWARD_PART)
         tensors = (x, step, A, B, C, starts, states, grads[0], grad_x, grad_step, rows_A, blocks_B, blocks_C, carry)
-        constants = _constants(n, starts, BACKWARD_PART)
+        constants = _constants(n, BACKWARD_PART)
         launch(_backward, grid, *tensors, first, stop, t, d, n, blocks_B.shape[2], warps=1, **constants)
         grad_B[:, first:stop] = blocks_B[:, :, : stop - first].sum(1)
         grad_C[:, first:stop] = blocks_C[:, :, : stop - first].sum(1)
@@ -101,8 +102,34 @@ def _block(n: int) -> int:
     return 64 if target() == "cpu" else max(1, 256 // next_power_of_2(n))
 
 
-def _constants(n: int, starts: Tensor | None, part: int) -> dict:
-    return {"STARTS": starts is not None, "PART": part, "BLOCK": _block(n), "N": next_power_of_2(n)}
+def _constants(n: int, part: int) -> dict[str, int]:
+    return {"PART": part, "BLOCK": _block(n), "N": next_power_of_2(n)}
+
+
+@triton.jit
+def _locate(A, d, n, BLOCK: tl.constexpr, N: tl.constexpr):
+    """Of a program: its row of the batch, channels (d) and states (n), where these lie in A (d n) and which of them
+    there are (n d), and A log2(e) there."""
+    row = tl.program_id(0).to(tl.int64)
+    channel, place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
+    inside = (place < n)[:, None] & (channel < d)[None, :]
+    at_state = channel[None, :] * n + place[:, None]
+    return row, channel, place, at_state, inside, load_float32(A + at_state, inside) * 1.4426950408889634
+
+
+@triton.jit
+def _load_row(x, token, behind, column, width):
+    """A token of x (b t width), zeros from token `behind` on."""
+    return load_float32(x + token * width + column, column < tl.where(token < behind, width, 0))
+
+
+@triton.jit
+def _advance(h, rates, step, x, B, starts, token, behind):
+    """The state behind a token, given that before it, and the decay (n d) between them."""
+    decay = tl.exp2(step[None, :] * rates)
+    if starts is not None:
+        decay = tl.where(tl.load(starts + token, mask=token < behind, other=0) != 0, 0.0, decay)
+    return decay * h + (step * x)[None, :] * B[:, None], decay
 
 
 @triton.jit
@@ -119,34 +146,23 @@ def _forward(
     t,
     d,
     n,
-    STARTS: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.arange(0, N)
-    inside = (place < n)[:, None] & (channel < d)[None, :]
-    at_state = channel[None, :] * n + place[:, None]
-    rates = tl.load(A + at_state, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    row, channel, place, at_state, inside, rates = _locate(A, d, n, BLOCK, N)
     h = tl.load(state + row * d * n + at_state, mask=inside, other=0.0)
     behind = (row + 1) * t  # tokens are counted through all rows
     for part in range(tl.cdiv(t, PART)):
         first = row * t + part * PART
         steps, xs, Bs, Cs = (), (), (), ()  # behind the row 0: a step of 0 keeps the state
         for i in tl.static_range(PART):
-            channels = channel < tl.where(first + i < behind, d, 0)
-            places = place < tl.where(first + i < behind, n, 0)
-            steps += (tl.load(step + (first + i) * d + channel, mask=channels, other=0.0).to(tl.float32),)
-            xs += (tl.load(x + (first + i) * d + channel, mask=channels, other=0.0).to(tl.float32),)
-            Bs += (tl.load(B + (first + i) * n + place, mask=places, other=0.0).to(tl.float32),)
-            Cs += (tl.load(C + (first + i) * n + place, mask=places, other=0.0).to(tl.float32),)
+            steps += (_load_row(step, first + i, behind, channel, d),)
+            xs += (_load_row(x, first + i, behind, channel, d),)
+            Bs += (_load_row(B, first + i, behind, place, n),)
+            Cs += (_load_row(C, first + i, behind, place, n),)
         for i in tl.static_range(PART):
-            decay = tl.exp2(steps[i][None, :] * rates)
-            if STARTS:
-                decay = tl.where(tl.load(starts + first + i, mask=first + i < behind, other=0) != 0, 0.0, decay)
-            h = decay * h + (steps[i] * xs[i])[None, :] * Bs[i][:, None]
+            h, _ = _advance(h, rates, steps[i], xs[i], Bs[i], starts, first + i, behind)
             channels = channel < tl.where(first + i < behind, d, 0)
             tl.store(y + (first + i) * d + channel, tl.sum(h * Cs[i][:, None], 0), mask=channels)
     tl.store(end + row * d * n + at_state, h, mask=inside)
@@ -167,18 +183,12 @@ def _keep_states(
     d,
     n,
     EVERY: tl.constexpr,
-    STARTS: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
 ):
     """The states before every `EVERY` tokens, a multiple of `PART`, between two tokens: (k b d n)."""
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.arange(0, N)
-    inside = (place < n)[:, None] & (channel < d)[None, :]
-    at_state = channel[None, :] * n + place[:, None]
-    rates = tl.load(A + at_state, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    row, channel, place, at_state, inside, rates = _locate(A, d, n, BLOCK, N)
     h = tl.load(state + row * d * n + at_state, mask=inside, other=0.0)
     behind = row * t + stop_token
     for part in range(tl.cdiv(stop_token - first_token, PART)):
@@ -188,16 +198,11 @@ def _keep_states(
         first = row * t + first_token + part * PART
         steps, xs, Bs = (), (), ()
         for i in tl.static_range(PART):
-            channels = channel < tl.where(first + i < behind, d, 0)
-            places = place < tl.where(first + i < behind, n, 0)
-            steps += (tl.load(step + (first + i) * d + channel, mask=channels, other=0.0).to(tl.float32),)
-            xs += (tl.load(x + (first + i) * d + channel, mask=channels, other=0.0).to(tl.float32),)
-            Bs += (tl.load(B + (first + i) * n + place, mask=places, other=0.0).to(tl.float32),)
+            steps += (_load_row(step, first + i, behind, channel, d),)
+            xs += (_load_row(x, first + i, behind, channel, d),)
+            Bs += (_load_row(B, first + i, behind, place, n),)
         for i in tl.static_range(PART):
-            decay = tl.exp2(steps[i][None, :] * rates)
-            if STARTS:
-                decay = tl.where(tl.load(starts + first + i, mask=first + i < behind, other=0) != 0, 0.0, decay)
-            h = decay * h + (steps[i] * xs[i])[None, :] * Bs[i][:, None]
+            h, _ = _advance(h, rates, steps[i], xs[i], Bs[i], starts, first + i, behind)
 
 
 @triton.jit
@@ -222,7 +227,6 @@ def _backward(
     d,
     n,
     tokens,
-    STARTS: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
@@ -232,12 +236,7 @@ def _backward(
     `states` are those before each part; `grad_state` and `rows_A` go from segment to segment; `tokens` is how many
     tokens a block of `blocks_B` and `blocks_C` (b blocks tokens n) has.
     """
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.arange(0, N)
-    inside = (place < n)[:, None] & (channel < d)[None, :]
-    at_state = channel[None, :] * n + place[:, None]
-    rates = tl.load(A + at_state, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    row, channel, place, at_state, inside, rates = _locate(A, d, n, BLOCK, N)
     carry = tl.load(grad_state + row * d * n + at_state, mask=inside, other=0.0)  # decay_{t+1} g_{t+1}
     grad_rates = tl.load(rows_A + row * d * n + at_state, mask=inside, other=0.0)
     behind = row * t + stop_token
@@ -248,20 +247,15 @@ def _backward(
         first = row * t + first_token + part * PART
         steps, xs, Bs, Cs, grad_ys = (), (), (), (), ()
         for i in tl.static_range(PART):
-            channels = channel < tl.where(first + i < behind, d, 0)
-            places = place < tl.where(first + i < behind, n, 0)
-            steps += (tl.load(step + (first + i) * d + channel, mask=channels, other=0.0).to(tl.float32),)
-            xs += (tl.load(x + (first + i) * d + channel, mask=channels, other=0.0).to(tl.float32),)
-            Bs += (tl.load(B + (first + i) * n + place, mask=places, other=0.0).to(tl.float32),)
-            Cs += (tl.load(C + (first + i) * n + place, mask=places, other=0.0).to(tl.float32),)
-            grad_ys += (tl.load(grad_y + (first + i) * d + channel, mask=channels, other=0.0).to(tl.float32),)
+            steps += (_load_row(step, first + i, behind, channel, d),)
+            xs += (_load_row(x, first + i, behind, channel, d),)
+            Bs += (_load_row(B, first + i, behind, place, n),)
+            Cs += (_load_row(C, first + i, behind, place, n),)
+            grad_ys += (_load_row(grad_y, first + i, behind, channel, d),)
         h = tl.load(states + (part * tl.num_programs(0) + row) * d * n + at_state, mask=inside, other=0.0)
         hs, decays = (h,), ()
         for i in tl.static_range(PART):
-            decay = tl.exp2(steps[i][None, :] * rates)
-            if STARTS:
-                decay = tl.where(tl.load(starts + first + i, mask=first + i < behind, other=0) != 0, 0.0, decay)
-            h = decay * h + (steps[i] * xs[i])[None, :] * Bs[i][:, None]
+            h, decay = _advance(h, rates, steps[i], xs[i], Bs[i], starts, first + i, behind)
             hs += (h,)
             decays += (decay,)
         for i in tl.static_range(PART - 1, -1, -1):

@@ -86,7 +86,7 @@ def test_auto_classes_know_every_architecture():
 
 def test_a_clash_is_refused():
     plugin = registry.find_preset("retnet-tiny")
-    with pytest.raises(ValueError, match="presets that 'retnet' has already: retnet-tiny"):
+    with pytest.raises(ValueError, match="presets that 'retnet' has already: .*retnet-tiny"):
         registry.register("other", plugin)
     with pytest.raises(ValueError, match="model type 'zoo_retnet', which is registered already"):
         registry.register("other", zoo.Plugin(models=plugin.models, presets={}))
@@ -112,16 +112,25 @@ def test_foreign_models_are_refused():
         zoo.kernel_report(LlamaForCausalLM(config))
 
 
+def _without_linear_layers(rows):
+    """What is left of a report; a processor may be one on which oneDNN is faster, or not."""
+    linear = [row for row in rows if row.op == "linear"]
+    assert "lm_head" in {row.module for row in linear}
+    assert len({(row.backend, row.why) for row in linear}) == 1
+    assert linear[0].backend in ("onednn", "torch")
+    return [row for row in rows if row.op != "linear"]
+
+
 def test_kernel_report():
     model = zoo.create_model("transformer-sliding-tiny")
-    rows = zoo.kernel_report(model)
+    rows = _without_linear_layers(zoo.kernel_report(model))
     assert [row.module for row in rows if row.op == "attention"] == [f"model.layers.{i}.mixer" for i in range(4)]
     assert {(row.op, row.backend) for row in rows} == {
         ("attention", "sdpa"),
         ("rms_norm", "torch"),
         ("swiglu", "torch"),
     }
-    rows = zoo.kernel_report(zoo.create_model("retnet-tiny"))
+    rows = _without_linear_layers(zoo.kernel_report(zoo.create_model("retnet-tiny")))
     assert {(row.op, row.backend) for row in rows} == {("decay_attention", "native"), ("rms_norm", "torch")}
     assert all("cpu" in row.why for row in rows)
     rows = zoo.kernel_report(zoo.create_model("retnet-tiny", kernels="reference"))
@@ -152,7 +161,7 @@ def test_summary_counts_exactly():
 
 _IMPORT = """
 import json, sys, time
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, cache_utils, masking_utils
 tables = lambda: [dict(t) for t in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING,
                   masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING)]
@@ -219,7 +228,7 @@ def test_a_plugin_that_fails_to_import_is_reported_and_stays_out_of_the_way(with
     assert "retnet-tiny" in done.stdout
     assert "zoo plugin 'broken' (zoo_echo.broken) is left out" in done.stderr
     assert "zoo plugin 'a_thief' (zoo_echo.thief) is left out" in done.stderr
-    assert "brings presets that 'retnet' has already: retnet-tiny" in done.stderr
+    assert "brings presets that 'retnet' has already: .*retnet-tiny" in done.stderr
     assert done.stderr.rstrip().endswith("ImportError: this plugin needs a library that is not there")
 
 

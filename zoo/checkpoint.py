@@ -86,12 +86,18 @@ def _files_of_index(index: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_float)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, wanted an object")
     return content
+
+
+def _as_float(content: dict[str, Any]) -> Any:
+    """The number that transformers writes as {"__float__": "Infinity"}; any other object as it is."""
+    named = content.get("__float__") if len(content) == 1 else None
+    return float(named) if isinstance(named, str) else content
 
 
 def _open(file: Path) -> Iterator[tuple[str, torch.Size, Callable[[], Tensor]]]:

@@ -35,7 +35,7 @@ class Change(NamedTuple):
 
 
 SAME = Change(lambda x: x, lambda x: x)
-TRANSPOSED = Change(lambda x: x.T, lambda x: x.T)
+TRANSPOSED = Change(lambda x: x.t(), lambda x: x.t())
 ROW = Change(lambda x: x.flatten(), lambda x: x.reshape(1, 1, -1))
 """Theirs (1 1 d), ours (d)."""
 
@@ -43,6 +43,11 @@ ROW = Change(lambda x: x.flatten(), lambda x: x.reshape(1, 1, -1))
 def concatenated(*sizes: int) -> Change:
     """Theirs are several tensors of these first sizes, ours is one, with them behind each other."""
     return Change(lambda *parts: torch.cat(parts), lambda x: x.split(sizes))
+
+
+def divided(*sizes: int) -> Change:
+    """Theirs is one tensor, ours are its parts of these first sizes."""
+    return Change(lambda x: x.split(sizes), lambda *parts: torch.cat(parts))
 
 
 class Rule(NamedTuple):
@@ -58,6 +63,11 @@ def rename(names: dict[str, str], theirs: str = "", ours: str = "", change: Chan
     return [Rule(theirs + a, ours + b, change) for a, b in names.items()]
 
 
+def save_safetensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the weights as stock transformers reads them, in shards where they are large."""
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one library writes one architecture down.
@@ -68,8 +78,9 @@ class Layout:
         recognizes: whether a checkpoint is written so; by its configuration or the names of its tensors.
         read_config: the zoo's configuration for such a checkpoint.
         rules: all tensors of a model of the zoo's configuration. The head may be missing where it is tied.
-        write_config: their configuration for a model of the zoo's; None: import only. As `read_config` it raises
-            ValueError on what the other side has no room for, naming it.
+        write_config: their configuration for a model of the zoo's, or None where their files have none. As
+            `read_config` it raises ValueError on what the other side has no room for, naming it. Left out: import only.
+        write_weights: writes tensors under their names into a folder, on export.
         ignored: patterns of names of tensors that hold nothing learned.
         read_tokenizer: the tokenizer that lies in a folder, in a form that only this library knows, or None.
     """
@@ -79,7 +90,8 @@ class Layout:
     recognizes: Callable[[Checkpoint], bool]
     read_config: Callable[[Checkpoint], ZooConfig]
     rules: Callable[[ZooConfig], Iterable[Rule]]
-    write_config: Callable[[ZooConfig], PreTrainedConfig] | None = None
+    write_config: Callable[[ZooConfig], PreTrainedConfig | None] | None = None
+    write_weights: Callable[[dict[str, Tensor], Path], None] = save_safetensors
     ignored: tuple[str, ...] = ()
     read_tokenizer: Callable[[Path], PreTrainedTokenizerBase | None] | None = None
 
@@ -89,13 +101,17 @@ def has_model_type(model_type: str) -> Callable[[Checkpoint], bool]:
     return lambda checkpoint: checkpoint.config.get("model_type") == model_type
 
 
-def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+def transformers_config(checkpoint: Checkpoint, ignored: Sequence[str] = ()) -> PreTrainedConfig:
     """The checkpoint's configuration in transformers' own class, with its defaults and its checks.
+
+    Args:
+        checkpoint: a folder of transformers.
+        ignored: fields that are nothing to the zoo, whatever they are.
 
     Raises:
         ValueError: if transformers does not accept it.
     """
-    fields = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
+    fields = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", *ignored)}
     for name in ("num_hidden_layers", "n_layer", "num_blocks"):
         _check_depth(checkpoint, fields.get(name))
     try:
@@ -126,7 +142,7 @@ def _check_depth(checkpoint: Checkpoint, num_hidden_layers: Any) -> None:
         )
 
 
-def refuse_others(config: PreTrainedConfig, **wanted: Any) -> None:
+def refuse_others(config: object, **wanted: Any) -> None:
     """Raise ValueError on a field of theirs that has another value than the only one that the zoo computes."""
     for name, value in wanted.items():
         if (found := getattr(config, name)) != value:
@@ -174,8 +190,7 @@ def import_checkpoint(
         raise _invalid(checkpoint, error) from error
     tensors: dict[str, Tensor] = {}
     for rule in logging.tqdm(rules, desc="reading tensors", unit="tensor", leave=False):
-        parts = _as_tuple(rule.change.to_ours(*(checkpoint.read(name) for name in _as_tuple(rule.theirs))))
-        for name, x in zip(_as_tuple(rule.ours), parts, strict=True):
+        for name, x in zip(_as_tuple(rule.ours), _to_ours(checkpoint, rule), strict=True):
             if x.shape != expected[name]:
                 raise ValueError(
                     f"{checkpoint.path}: {_join(rule.theirs)} is {tuple(x.shape)} as {name}, wanted "
@@ -220,6 +235,15 @@ def _matching_rules(checkpoint: Checkpoint, layout: Layout, config: ZooConfig) -
     return [rule for rule in rules if rule not in tied]
 
 
+def _to_ours(checkpoint: Checkpoint, rule: Rule) -> tuple[Tensor, ...]:
+    tensors = [checkpoint.read(name) for name in _as_tuple(rule.theirs)]
+    try:
+        return _as_tuple(rule.change.to_ours(*tensors))
+    except (RuntimeError, IndexError) as error:  # of torch, on shapes that do not fit
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+        raise ValueError(f"{checkpoint.path}: {_join(rule.theirs)} of {shapes} make no {_join(rule.ours)}") from error
+
+
 def _build(model_class: type[PreTrainedModel], config: ZooConfig, tensors: dict[str, Tensor]) -> PreTrainedModel:
     """A model around tensors that are taken as they are, without a copy where they can be."""
     kinds = Counter(x.dtype for x in tensors.values() if x.is_floating_point())
@@ -260,7 +284,7 @@ def export_checkpoint(
     Args:
         model: a causal language model of the zoo.
         destination: a folder that is not there yet.
-        to: whose layout; "transformers" is loaded by stock transformers, without the zoo.
+        to: whose layout, as `Layout.library`; "transformers" is loaded by stock transformers, without the zoo.
         tokenizer: is written beside the weights.
 
     Raises:
@@ -269,17 +293,20 @@ def export_checkpoint(
     """
     destination = _free(destination)
     layout, theirs = _target(model, to)
-    theirs.dtype, theirs.architectures = model.dtype, [_architecture(theirs)]
     ours = model.state_dict()
     tensors: dict[str, Tensor] = {}
     for rule in layout.rules(model.config):
         if model.config.tie_word_embeddings and rule.ours == "lm_head.weight":
             continue
         parts = _as_tuple(rule.change.to_theirs(*(ours[name] for name in _as_tuple(rule.ours))))
+        if len(parts) > 1:  # parts of one storage are not written
+            parts = tuple(x.clone(memory_format=torch.contiguous_format) for x in parts)
         tensors.update(zip(_as_tuple(rule.theirs), (x.contiguous() for x in parts), strict=True))
     with whole_folder(destination) as folder:
-        theirs.save_pretrained(folder)
-        save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+        if theirs is not None:
+            theirs.dtype, theirs.architectures = model.dtype, [_architecture(theirs)]
+            theirs.save_pretrained(folder)
+        layout.write_weights(tensors, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -295,8 +322,8 @@ def save_imported(source: str | PathLike, destination: str | PathLike) -> PreTra
     return model
 
 
-def _target(model: PreTrainedModel, library: str) -> tuple[Layout, PreTrainedConfig]:
-    """The layout to write a model in, and its configuration there."""
+def _target(model: PreTrainedModel, library: str) -> tuple[Layout, PreTrainedConfig | None]:
+    """The layout to write a model in, and its configuration there, if there is one."""
     plugin = next((p for p in registry.plugins().values() if isinstance(model, p.models)), None)
     if plugin is None or not isinstance(model, plugin.model_class("ForCausalLM")):
         raise ValueError(f"only causal language models of the zoo are exported, not {type(model).__name__}")

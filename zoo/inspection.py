@@ -11,6 +11,7 @@ from zoo.config import ZooConfig
 from zoo.mixer import Mixer
 from zoo.ops.dispatch import Choice, choose
 from zoo.ops.liger import LIGER_OPS, choose_liger
+from zoo.ops.onednn import choose_linear
 
 
 def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torch.dtype | None = None) -> int:
@@ -93,6 +94,8 @@ def kernel_report(model: PreTrainedModel) -> list[KernelUse]:
 def _choice(op: str, model: PreTrainedModel) -> Choice:
     if op == "attention":
         return Choice(model.config._attn_implementation, "transformers' attn_implementation")
+    if op == "linear":
+        return choose_linear(model.device, model.dtype)
     if op in LIGER_OPS:
         return choose_liger(model.device, model.config.kernels)
     forms = importlib.import_module(f"zoo.ops.{op}").OP.forms
@@ -104,7 +107,9 @@ def architecture_table() -> list[str]:
     """The README's table of architectures, in lines of Markdown: name, paper, models, mixers, state."""
     rows = ["| architecture | paper | models | mixers it offers | state of a sequence |", "|---|---|---|---|---|"]
     for name, plugin in registry.plugins().items():
-        models = ", ".join(f"`{preset}`" for preset in registry.list_models() if preset in plugin.presets)
+        published = sum(not preset.endswith("-tiny") for preset in plugin.presets)
+        models = ", ".join(f"`{preset}`" for preset in registry.list_models("*-tiny") if preset in plugin.presets)
+        models += f", {published} published sizes" if published else ""
         mixers = ", ".join(f"`{mixer}`" for mixer in plugin.mixers)
         states = [_state_in_words(registry.create_config(preset)) for preset in plugin.presets]
         number = plugin.paper.removeprefix("arXiv:")

@@ -28,7 +28,7 @@ from zoo import registry
 from zoo.cache import RECURRENT, RecurrentStateLayer, recurrent_mask
 from zoo.config import NO_MIXER, ZooConfig
 from zoo.mixer import Mixer, Shared, Tokens
-from zoo.nn import RMSNorm, ShortConv, SoftmaxAttention
+from zoo.nn import Linear, RMSNorm, ShortConv, SoftmaxAttention
 
 
 class Block(GradientCheckpointingLayer):
@@ -350,7 +350,7 @@ class ZooForCausalLM(ZooPreTrainedModel):
     def __init__(self, config: ZooConfig):
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
 from zoo.ops.liger import rms_norm, swiglu
+from zoo.ops.onednn import linear
 from zoo.ops.short_conv import short_conv
 
 
@@ -33,6 +34,15 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.config.kernels)
+
+
+class Linear(nn.Linear):
+    """A linear layer, whose products are oneDNN's where PyTorch's own are slow (`zoo.ops.onednn`)."""
+
+    ops = ("linear",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -76,9 +86,9 @@ class GatedMLP(Mixer):
 
     def __init__(self, config: ZooConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
         self.is_swiglu = config.hidden_act in ("silu", "swish")
         self.ops = ("swiglu",) if self.is_swiglu else ()
@@ -158,10 +168,10 @@ class _GroupedQueries:
     def __init__(self, config: ZooConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, heads * width, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, groups * width, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, groups * width, bias=config.attention_bias)
+        self.o_proj = Linear(heads * width, config.hidden_size, bias=config.attention_bias)
         self.attention = SoftmaxAttention(config)
 
     def _project(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

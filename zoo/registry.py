@@ -187,13 +187,16 @@ def _find(kind: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the presets that match a shell pattern, in natural order (`x-2b` before `x-10b`)."""
+    """Names of the presets that match a shell pattern, in natural order (`x-130m` before `x-2b` before `x-10b`)."""
     names = (name for plugin in _plugins.values() for name in plugin.presets)
     return sorted((name for name in names if fnmatchcase(name, pattern)), key=_natural_key)
 
 
-def _natural_key(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+def _natural_key(name: str) -> list[tuple[int, float | str]]:
+    """Words as words, numbers as numbers, where m and b stand for millions and billions."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([mb]?\b)?|(\D+)", name)
+    scale = {"": 1.0, "m": 1e6, "b": 1e9}
+    return [(1, word) if word else (0, float(number) * scale[unit]) for number, unit, word in parts]
 
 
 def create_config(name: str, **overrides) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import RecurrentMixer, Tokens
 from zoo.modeling import Block, ZooModel, heads_of
-from zoo.nn import rotate_pairs
+from zoo.nn import Linear, rotate_pairs
 from zoo.ops.decay_attention import decay_attention
 
 
@@ -71,11 +71,11 @@ class Retention(RecurrentMixer):
     def __init__(self, config: RetNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         d, v = config.hidden_size, config.value_size
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, d, bias=False)
-        self.v_proj = nn.Linear(d, v, bias=False)
-        self.g_proj = nn.Linear(d, v, bias=False)
-        self.o_proj = nn.Linear(v, d, bias=False)
+        self.q_proj = Linear(d, d, bias=False)
+        self.k_proj = Linear(d, d, bias=False)
+        self.v_proj = Linear(d, v, bias=False)
+        self.g_proj = Linear(d, v, bias=False)
+        self.o_proj = Linear(v, d, bias=False)
 
     @classmethod
     def state_shapes(cls, config: RetNetConfig, layer_idx: int) -> dict:

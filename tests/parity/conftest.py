@@ -1,5 +1,8 @@
 """What the comparisons with other implementations share."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,12 @@ def renamer() -> Callable[[Mapping[str, str]], Callable[[str], str]]:
 def assert_imports(tmp_path):
     """Checks that a checkpoint is read, bit for bit, and written back so that its own library loads it."""
 
-    def check(source: Path, logits_of: Callable[[Tensor], Tensor], reload: Callable[[Path], nn.Module] | None) -> Any:
+    def check(
+        source: Path,
+        logits_of: Callable[[Tensor], Tensor],
+        reload: Callable[[Path], nn.Module] | None,
+        to: str = "transformers",
+    ) -> Any:
         """Import `source` and compare with its library.
 
         Args:
@@ -31,6 +39,7 @@ def assert_imports(tmp_path):
             logits_of: what the source's library makes of tokens (b t) with the weights in float32, logits
                 (b t vocabulary).
             reload: how that library loads an exported folder; None: there is no export.
+            to: that library, for the export.
 
         Returns:
             The imported model.
@@ -46,10 +55,10 @@ def assert_imports(tmp_path):
         assert saved.keys() == model.state_dict().keys()
         assert all(torch.equal(x, saved[name]) for name, x in model.state_dict().items())
         if reload is None:
-            with pytest.raises(ValueError, match="to export|has no architecture"):
-                zoo.export_checkpoint(model, tmp_path / "theirs")
+            with pytest.raises(ValueError, match=r"to export|has no architecture"):
+                zoo.export_checkpoint(model, tmp_path / "theirs", to=to)
             return model
-        zoo.export_checkpoint(model, tmp_path / "theirs")
+        zoo.export_checkpoint(model, tmp_path / "theirs", to=to)
         original, written = Checkpoint(source), Checkpoint(tmp_path / "theirs")
         assert original.shapes == written.shapes
         for name in original.shapes:
@@ -61,3 +70,40 @@ def assert_imports(tmp_path):
         return model
 
     return check
+
+
+_RWKV = """
+import sys, torch
+from rwkv.model import RWKV
+
+model = RWKV(model=sys.argv[1], strategy="cpu fp32")
+tokens, ways = torch.load(sys.argv[2])
+found = []
+for lengths in ways:
+    rows = []
+    for row in tokens:
+        state, pieces = None, []
+        for piece in row.split(lengths):
+            logits, state = model.forward(piece.tolist(), state, full_output=True)
+            pieces.append(logits.reshape(len(piece), -1))
+        rows.append(torch.cat(pieces))
+    found.append(torch.stack(rows))
+torch.save(found, sys.argv[2])
+"""
+
+
+@pytest.fixture
+def rwkv_package(tmp_path):
+    """Runs the authors' package `rwkv`, in a process of its own, as its environment says which versions it computes."""
+
+    def run(file: Path, version: int, tokens: Tensor, *ways: list[int]) -> list[Tensor]:
+        """Logits (b t vocabulary) of tokens (b t) by the weights of a `.pth`, for each way to read t in pieces."""
+        exchange = tmp_path / "exchange"
+        torch.save((tokens, ways), exchange)
+        settings = {"RWKV_V7_ON": str(int(version == 7)), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+        command = [sys.executable, "-c", _RWKV, str(file.with_suffix("")), str(exchange)]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(exchange)
+
+    return run

@@ -75,7 +75,7 @@ def test_llama_checkpoints(tied, dtype, tmp_path, assert_imports):
 
 
 def test_what_llama_has_no_room_for(tmp_path):
-    with pytest.raises(ValueError, match="transformers has no architecture for this model .*sliding_attention"):
+    with pytest.raises(ValueError, match=r"transformers has no architecture for this model .*sliding_attention"):
         zoo.export_checkpoint(zoo.create_model("transformer-sliding-tiny"), tmp_path / "out")
     LlamaForCausalLM(LlamaConfig(**SIZES, mlp_bias=True)).save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="this variant is not in the zoo: mlp_bias is True"):

@@ -37,6 +37,7 @@ from zoo.bench.results import (
     verdict,
     write_csv,
 )
+from zoo.bench.workloads.decay_attention import transformers_xlstm
 from zoo.convert import import_checkpoint
 
 COLUMNS = (
@@ -63,12 +64,14 @@ class Pair:
         name: of the architecture.
         config: transformers' configuration, from which both models are made.
         training, decoding: how many times as fast as transformers' class the zoo's has to be; None: no target.
+        make: transformers' model of it.
     """
 
     name: str
     config: Callable[[], PreTrainedConfig]
     training: float | None = None
     decoding: float | None = None
+    make: Callable[[PreTrainedConfig], PreTrainedModel] = AutoModelForCausalLM.from_config
 
 
 def _mamba2() -> Mamba2Config:
@@ -114,7 +117,7 @@ PAIRS = (
     Pair("mamba", lambda: MambaConfig(vocab_size=_VOCABULARY, hidden_size=512, num_hidden_layers=12), 6, 1.5),
     Pair("mamba2", _mamba2, 3, 1.5),
     Pair("rwkv4", lambda: RwkvConfig(vocab_size=_VOCABULARY, hidden_size=512, num_hidden_layers=6), 5, 1.5),
-    Pair("xlstm", _xlstm, 3, 1.5),
+    Pair("xlstm", _xlstm, 3, 1.5, lambda config: transformers_xlstm().xLSTMForCausalLM(config)),
 )
 
 
@@ -189,7 +192,7 @@ def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | Non
 
 
 def _measure(pair: Pair, which: str, repeats: int, source: Row) -> list[Row]:
-    ours, theirs = make_pair(pair.config())
+    ours, theirs = make_models(pair)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, ours.config.vocab_size, (_ROWS, _LENGTH), generator=generator)
     trial = {TRAINING: TrainingStep, DECODING: Decoding}[which]
@@ -198,10 +201,10 @@ def _measure(pair: Pair, which: str, repeats: int, source: Row) -> list[Row]:
     return _make_rows(pair, which, ours, measurements, source)
 
 
-def make_pair(config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+def make_models(pair: Pair) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The zoo's model and transformers', with the same weights, drawn at random."""
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config)
+    theirs = pair.make(pair.config())
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

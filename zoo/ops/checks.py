@@ -1,4 +1,4 @@
-"""Inputs that do not agree are refused where they enter, by name and with both sizes."""
+"""What is asked of inputs: those that do not agree are refused where they enter, by name and with both sizes."""
 
 from collections.abc import Iterable
 
@@ -58,3 +58,17 @@ def check_dtypes(op: str, takes_complex: bool = False, **tensors: Tensor) -> Non
                 raise ValueError(f"{op}: {name} is {x.dtype}, wanted torch.bool")
         elif not (x.is_floating_point() or (takes_complex and x.is_complex())):
             raise ValueError(f"{op}: {name} is {x.dtype}, wanted a floating{' or complex' * takes_complex} dtype")
+
+
+def is_plain_call(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call is of plain tensors and runs at once: no compiler, tracer, transform or subclass looks on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or any(type(x) not in _PLAIN_TYPES for x in tensors)
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)

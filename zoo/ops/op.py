@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from zoo.ops.checks import check_devices, check_dtypes
+from zoo.ops.checks import check_devices, check_dtypes, is_plain_call
 from zoo.ops.dispatch import choose
 
 
@@ -195,21 +195,11 @@ def _refuse_tangents(op: str, tensors: list[Tensor]) -> None:
 
 
 def _is_watched(tensors: list[Tensor]) -> bool:
-    """Whether someone has to see the call as one node: autograd, a compiler, a transform, a subclass of tensors.
+    """Whether someone, autograd included, has to see the call as one node.
 
     Where nobody does, as in decoding, the operator would be most of what a token costs.
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
-        or any(type(x) not in _PLAIN_TYPES for x in tensors)
-        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-    )
-
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+    return not is_plain_call(tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def _kernel(op: str, backend: str) -> Any:

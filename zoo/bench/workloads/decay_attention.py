@@ -3,8 +3,13 @@
 Mamba-2 writes `step` x and decays by exp(step A): with A = -1 its step is minus our log-decay, and its x our v over it.
 """
 
+import functools
+import importlib
 import inspect
+import sys
 from dataclasses import replace
+from types import ModuleType
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,10 +23,19 @@ _CHUNK = 64
 
 _mamba2_chunk_scan = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)  # its PyTorch, whatever is installed
 _mamba2_step = inspect.unwrap(modeling_mamba2.mamba2_selective_state_update)
-_xlstm_chunkwise = optional("transformers.models.xlstm.modeling_xlstm:mlstm_chunkwise_native_autograd")
-_xlstm_step = optional("transformers.models.xlstm.modeling_xlstm:mlstm_recurrent_step_native")
 _chunk_simple_gla = optional("fla.ops.simple_gla:chunk_simple_gla")
 _chunk_gla = optional("fla.ops.gla:chunk_gla")
+
+
+@functools.cache
+def transformers_xlstm() -> ModuleType:
+    """A copy of transformers' `modeling_xlstm` with its own code, which gives way to the authors' package if there."""
+    package = "transformers.models.xlstm"
+    loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(package)}
+    with mock.patch("transformers.utils.is_xlstm_available", return_value=False):
+        module = importlib.import_module(f"{package}.modeling_xlstm")
+    sys.modules.update(loaded)
+    return module
 
 
 def _draw(draw: Draw, b: int, t: int, h: int, d: int, e: int) -> Inputs:
@@ -106,7 +120,11 @@ def _prepare_xlstm(
 
 
 def _run_xlstm(**inputs: Tensor) -> Tensor:
-    return _xlstm_chunkwise(**inputs, chunk_size=_CHUNK)
+    return transformers_xlstm().mlstm_chunkwise_native_autograd(**inputs, chunk_size=_CHUNK)
+
+
+def _run_xlstm_step(**inputs: Tensor) -> Tensor:
+    return transformers_xlstm().mlstm_recurrent_step_native(**inputs)[0]
 
 
 def _prepare_xlstm_step(**inputs: Tensor) -> Inputs:
@@ -154,7 +172,7 @@ _NORMALIZED_DECODE = replace(
     variant="normalized decode",
     sizes=_TOKEN,
     passes=(FORWARD,),
-    peers=(Contender("transformers", lambda **x: _xlstm_step(**x)[0], _prepare_xlstm_step, lambda y: y[:, None]),),
+    peers=(Contender("transformers", _run_xlstm_step, _prepare_xlstm_step, lambda y: y[:, None]),),
 )
 ON_CPU = [
     _MAIN,

@@ -91,7 +91,7 @@ def decay_attention(
         state: S before the first token, (b h d e), in float32 (float64 where the inputs are).
         mask: (b t), False at padding: there the decay is 1, nothing is written and the output is 0. None: no padding.
         segments: (b t) ids of the documents packed in a row; each starts from a state of 0, but the row's first, which
-            continues `state`. None: one document a row.
+            continues `state`. None: one document a row. A NaN or an infinity in one may reach the others.
         bonus: (h d), makes the read one before the write, with the token itself weighed so (RWKV-5, RWKV-6). None:
             the read comes after the write.
         kernels: which form runs (`zoo.ops.dispatch`).
@@ -140,7 +140,7 @@ def normalized_decay_attention(
             A new sequence has zeros; m may also be -inf.
         mask: (b t), False at padding: the state stays as it is there and the output is 0. None: no padding.
         segments: (b t) ids of the documents packed in a row; each starts from a state of 0, but the row's first, which
-            continues `state`. None: one document a row.
+            continues `state`. None: one document a row. A NaN or an infinity in one may reach the others.
         floor: the least normaliser, in units of 1.
         eps: added to the normaliser, in units of exp(m).
         kernels: which form runs (`zoo.ops.dispatch`).
@@ -206,6 +206,9 @@ def _running_maximum(
     Two steps of m -> max(a + m, i) are one of the same kind, so they are joined by doubling. The result is rounded as
     the state will be, and given in more digits, so that the differences of neighbours are exact.
     """
+    if log_decay.shape[1] == 1 and starts is None:
+        before = maximum[:, None]
+        return before, torch.maximum(log_decay + before, log_input).to(maximum.dtype)
     wide = torch.float32 if maximum.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     a, i = log_decay.to(wide), log_input.to(wide)
     if starts is not None:  # a new sequence begins with m = 0

@@ -1,0 +1,86 @@
+"""Products of matrices on CPUs that are not ours: oneDNN's, which PyTorch carries and in float32 does not use.
+
+PyTorch multiplies float32 matrices with MKL. On AMD's processors with AVX-512 that runs at half of the vector width;
+oneDNN has no such preference, and there it multiplies about twice as fast (`zoo bench models` measures both peaks).
+Everywhere else, and for small products, the layer is PyTorch's.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from zoo.ops.checks import is_plain_call
+from zoo.ops.dispatch import Choice, requested
+
+_LEAST = 2**21
+"""Multiplications that make up for oneDNN's preparations."""
+
+
+def choose_linear(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Choice:
+    """`onednn` or `torch` for linear layers on a device, and why."""
+    if torch.device(device).type != "cpu":
+        return Choice("torch", f"oneDNN runs on a CPU, not on {torch.device(device).type}")
+    if dtype != torch.float32:
+        return Choice("torch", f"PyTorch chooses well in {str(dtype).removeprefix('torch.')}")
+    if (form := requested()) in ("reference", "chunked", "triton"):
+        return Choice("torch", f"{form!r} was asked for")
+    if not _outruns_mkl():
+        return Choice("torch", "PyTorch's own product is as fast on this processor")
+    return Choice("onednn", "twice as fast as MKL on this processor")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, for x (... d), weight (e d), bias (e): `torch.nn.functional.linear`."""
+    if not _goes_to_onednn(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """Three products; those of the backward pass are linear layers again, and so differentiable."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = linear(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _goes_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        x.numel() * weight.shape[0] >= _LEAST
+        and x.dim() >= 2
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and is_plain_call(tensors)
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+        and choose_linear(x.device).backend == "onednn"
+    )
+
+
+@functools.cache
+def _outruns_mkl() -> bool:
+    """Whether this is one of AMD's processors with AVX-512, and PyTorch has both libraries."""
+    info = Path("/proc/cpuinfo")
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and "AVX512" in torch.backends.cpu.get_cpu_capability()
+        and info.is_file()
+        and "AuthenticAMD" in info.read_text()
+    )

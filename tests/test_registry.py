@@ -1,6 +1,7 @@
 """Finding plugins, names and presets; what importing the zoo costs and leaves alone."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_auto_classes_know_every_architecture():
 
 def test_a_clash_is_refused():
     plugin = registry.find_preset("retnet-tiny")
-    with pytest.raises(ValueError, match="presets that 'retnet' has already: .*retnet-tiny"):
+    with pytest.raises(ValueError, match=r"presets that 'retnet' has already: .*retnet-tiny"):
         registry.register("other", plugin)
     with pytest.raises(ValueError, match="model type 'zoo_retnet', which is registered already"):
         registry.register("other", zoo.Plugin(models=plugin.models, presets={}))
@@ -228,7 +229,7 @@ def test_a_plugin_that_fails_to_import_is_reported_and_stays_out_of_the_way(with
     assert "retnet-tiny" in done.stdout
     assert "zoo plugin 'broken' (zoo_echo.broken) is left out" in done.stderr
     assert "zoo plugin 'a_thief' (zoo_echo.thief) is left out" in done.stderr
-    assert "brings presets that 'retnet' has already: .*retnet-tiny" in done.stderr
+    assert re.search("brings presets that 'retnet' has already: .*retnet-tiny", done.stderr)
     assert done.stderr.rstrip().endswith("ImportError: this plugin needs a library that is not there")
 
 

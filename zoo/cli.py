@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-from transformers.utils import logging
+from transformers.utils import has_file, logging
 
 import zoo
 from zoo.errors import unknown_name
@@ -210,10 +210,8 @@ def export(arguments: argparse.Namespace) -> None:
     _check_checkpoint(arguments.source)
     logging.disable_progress_bar()  # of loading weights
     model = AutoModelForCausalLM.from_pretrained(arguments.source, dtype="auto")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.source)
-    except (OSError, ValueError):  # it has none
-        tokenizer = None
+    has_tokenizer = has_file(arguments.source, "tokenizer_config.json")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.source) if has_tokenizer else None
     zoo.export_checkpoint(model, arguments.destination, to=arguments.to, tokenizer=tokenizer)
     print(f"{arguments.destination}: {arguments.to} loads it")
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -19,6 +20,8 @@ from zoo.bench.results import Measurement, Peaks
 from zoo.bench.trial import AGREEMENT, Trial, difference
 
 DTYPE = torch.float32
+
+Result = TypeVar("Result")
 
 _BUDGET = 1.5  # seconds that a contender gets for its rounds
 _TOO_LONG = 10.0  # seconds after which a first call, page faults included, counts as the only one
@@ -38,11 +41,13 @@ def measure(trials: list[Trial], repeats: int, peak_memory: bool) -> list[Measur
         measurements, clocked, expected = [], {}, None
         for trial in trials:
             start = time.process_time()
-            result = trial()
+            result, peak = _watch_memory(trial)
             seconds = time.process_time() - start
             found = trial.as_op(result)
             expected = found if expected is None else expected
             measurements.append(Measurement(trial.name, difference(found, expected)))
+            if peak_memory and seconds > _TOO_LONG:  # else of a later call, when there is nothing to set up
+                measurements[-1].peak_megabytes = peak
             if measurements[-1].difference <= AGREEMENT[DTYPE]:
                 clocked[trial.name] = _Clocked(trial, seconds)
         for turn in range(repeats):
@@ -53,8 +58,8 @@ def measure(trials: list[Trial], repeats: int, peak_memory: bool) -> list[Measur
                 measurement.seconds, measurement.repeats = clocked[trial.name].median()
                 if trial is trials[0]:
                     measurement.speedup_2_threads = _speedup_2_threads(trial, repeats)
-                if peak_memory:
-                    measurement.peak_megabytes = _peak_megabytes(trial)
+                if peak_memory and measurement.peak_megabytes is None:
+                    _, measurement.peak_megabytes = _watch_memory(trial)
     return measurements
 
 
@@ -159,15 +164,18 @@ def _wall_time(call: Callable[[], object]) -> float:
     return elapsed / count
 
 
-def _peak_megabytes(call: Callable[[], object]) -> float | None:
-    """What a call takes beyond what the process has, from the kernel's own mark; None where there is none (Linux)."""
+def _watch_memory(call: Callable[[], Result]) -> tuple[Result, float | None]:
+    """What a call gives, and the megabytes that it takes beyond what the process has.
+
+    These come from the kernel's own mark; None where there is none (it is Linux that has it).
+    """
     if sys.platform != "linux":
-        return None
+        return call(), None
     ctypes.CDLL(None).malloc_trim(0)  # what was freed shall not serve the call
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again
     before = _kilobytes("VmRSS")
-    call()
-    return (_kilobytes("VmHWM") - before) / 1e3
+    result = call()
+    return result, (_kilobytes("VmHWM") - before) / 1e3
 
 
 def _kilobytes(name: str) -> int:

@@ -1,12 +1,17 @@
-"""The walk along the chunks, which the Triton kernels of decayed linear attention share, and loading what they read.
+"""The walk along the chunks, which the Triton kernels of decayed linear attention share, and launching over all chunks.
 
 A walk is over positions, in chunks, forward or in reverse. What is read and what is written at a position may lag
 behind it: where a token is read before it is written (with a bonus), position p reads token p and writes token p - 1.
 In reverse queries and keys change places, and the decay of a token comes when it is left.
 
+    S' = exp(g_{1..c}) S + sum_s exp(g_{s+1..c}) k_s v_s^T
+
+takes S, the state before a chunk, to that before the next.
+
 Letters: b batch, t tokens, h heads, d key width, e value width; n chunks, c position in a chunk; S state; g log-decay.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import triton
@@ -14,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.gpu import dot_precision, launch, next_power_of_2
+from zoo.ops.tiles import decay_until_end, load_rows, load_scalars, matrix_rows, store_rows, token_rows
 
 
 class Walk(NamedTuple):
@@ -74,6 +80,36 @@ def carry_chunks(
     return states
 
 
+def launch_chunks(
+    kernel: Callable,
+    blocks: int,
+    tensors: tuple[Tensor, ...],
+    keys: Tensor,
+    values: Tensor,
+    walk: Walk,
+    block_d: int,
+    block_e: int,
+    warps: int,
+    **constants: int | bool,
+) -> None:
+    """All chunks of a walk at once: a program a chunk and block.
+
+    Args:
+        kernel: the kernel.
+        blocks: how many programs a chunk has.
+        tensors: its tensors.
+        keys, values: tensors (b t h d) and (b t h e), for their sizes.
+        walk: the walk.
+        block_d, block_e: largest tiles of keys and of values.
+        warps: of a program.
+        constants: of the kernel, besides sizes, tiles and precision.
+    """
+    (b, t, h, d), e, chunks = keys.shape, values.shape[-1], walk.chunks(keys.shape[1])
+    constants |= {"D": d, "E": e, "BLOCK_D": block_size(d, block_d), "BLOCK_E": block_size(e, block_e)}
+    constants |= {"PRECISION": dot_precision()}
+    launch(kernel, (b * h * chunks, blocks), *tensors, t, h, chunks, **constants, warps=warps, stages=1)
+
+
 @triton.jit
 def _carry(
     k,
@@ -99,39 +135,31 @@ def _carry(
 ):
     """A program owns a tile of the state of one head."""
     sequence = tl.program_id(0).to(tl.int64)
-    first = first_row(sequence, t, h)
     key = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     value = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
-    at = key[:, None] * E + value[None, :]
-    inside = (key < D)[:, None] & (value < E)[None, :]
     index = tl.arange(0, CHUNK)
     has_next = index < CHUNK - 1
     step: tl.constexpr = -1 if REVERSE else 1
-    tile = tl.load(state + sequence * D * E + at, mask=inside, other=0.0)
+    tile = load_rows(state, matrix_rows(sequence, key, D), value, E)
     for chunk in range(chunks):
-        tl.store(states + (sequence * chunks + chunk) * D * E + at, tile.to(states.dtype.element_ty), mask=inside)
+        store_rows(states, matrix_rows(sequence * chunks + chunk, key, D), value, E, tile)
         position = position_of(index, chunk, chunks, REVERSE, CHUNK)
-        write = load_rows(k, first, position - WRITE_LAG, t, h, key, D)
-        written = load_rows(v, first, position - WRITE_LAG, t, h, value, E)
+        writes = token_rows(sequence, position - WRITE_LAG, t, h)
+        decays = token_rows(sequence, position - DECAY_LAG, t, h)
+        next_decays = token_rows(sequence, position + step - DECAY_LAG, t, h)
+        write, written = load_rows(k, writes, key, D), load_rows(v, writes, value, E)
         if VECTOR:
-            g = load_rows(log_decay, first, position - DECAY_LAG, t, h, key, D).to(tl.float32)
-            g_next = load_rows(log_decay, first, position + step - DECAY_LAG, t, h, key, D).to(tl.float32)
-            g_next = tl.where(has_next[:, None], g_next, 0.0)
-            write = (write * tl.exp(tl.cumsum(g_next, 0, reverse=True))).to(written.dtype)
+            g = load_rows(log_decay, decays, key, D).to(tl.float32)
+            g_next = tl.where(has_next[:, None], load_rows(log_decay, next_decays, key, D).to(tl.float32), 0.0)
+            write = (write * decay_until_end(g_next)).to(written.dtype)
             tile *= tl.exp(tl.sum(g, 0))[:, None]
         else:
-            g = load_scalars(log_decay, first, position - DECAY_LAG, t, h)
-            g_next = tl.where(has_next, load_scalars(log_decay, first, position + step - DECAY_LAG, t, h), 0.0)
-            write = (write * tl.exp(tl.cumsum(g_next, 0, reverse=True))[:, None]).to(written.dtype)
+            g = load_scalars(log_decay, decays)
+            g_next = tl.where(has_next, load_scalars(log_decay, next_decays), 0.0)
+            write = (write * decay_until_end(g_next)[:, None]).to(written.dtype)
             tile *= tl.exp(tl.sum(g, 0))
         tile = tl.dot(tl.trans(write), written, tile, input_precision=PRECISION)
-    tl.store(end + sequence * D * E + at, tile, mask=inside)
-
-
-@triton.jit
-def first_row(sequence, t, h):
-    """Where token 0 of a head lies in (b t h); the next ones are h apart. `sequence` counts the b x h heads."""
-    return sequence // h * t * h + sequence % h
+    store_rows(end, matrix_rows(sequence, key, D), value, E, tile)
 
 
 @triton.jit
@@ -139,32 +167,3 @@ def position_of(index, chunk, chunks, REVERSE: tl.constexpr, CHUNK: tl.constexpr
     """The position, or those, that come at an index of a chunk in the order of the walk."""
     position = chunk * CHUNK + index
     return chunks * CHUNK - 1 - position if REVERSE else position
-
-
-@triton.jit
-def load_scalars(x, first, token, t, h):
-    """x (b t h) at tokens (c), 0 outside the sequence."""
-    at = x + first + token.to(tl.int64) * h
-    return tl.load(at, mask=(token >= 0) & (token < t), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def rows_at(first, token, t, h, column, WIDTH: tl.constexpr):
-    """Where tokens (c) x columns of a tensor (b t h width) lie, and which of them there are."""
-    at = (first + token.to(tl.int64) * h)[:, None] * WIDTH + column[None, :]
-    return at, ((token >= 0) & (token < t))[:, None] & (column < WIDTH)[None, :]
-
-
-@triton.jit
-def load_rows(x, first, token, t, h, column, WIDTH: tl.constexpr):
-    """x (b t h width) at tokens (c) x columns, 0 outside."""
-    at, there = rows_at(first, token, t, h, column, WIDTH)
-    return tl.load(x + at, mask=there, other=0.0)
-
-
-@triton.jit
-def load_row(x, first, token, t, h, column, WIDTH: tl.constexpr):
-    """x (b t h width) at one token, in float32, 0 outside."""
-    token += tl.zeros_like(column)
-    there = (token >= 0) & (token < t) & (column < WIDTH)
-    return tl.load(x + (first + token.to(tl.int64) * h) * WIDTH + column, mask=there, other=0.0).to(tl.float32)

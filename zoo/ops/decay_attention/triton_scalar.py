@@ -15,17 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.decay_attention.triton_carry import (
-    Walk,
-    block_size,
-    carry_chunks,
-    first_row,
+from zoo.ops.decay_attention.triton_carry import Walk, block_size, carry_chunks, launch_chunks, position_of
+from zoo.ops.gpu import target
+from zoo.ops.tiles import (
+    decay_between,
+    decay_since_start,
+    decay_until_end,
     load_rows,
     load_scalars,
-    position_of,
-    rows_at,
+    load_transposed,
+    locate_chunk,
+    matrix_rows,
+    store_rows,
+    store_scalars,
+    token_rows,
 )
-from zoo.ops.gpu import dot_precision, launch, target
 
 
 class _Tiling(NamedTuple):
@@ -90,22 +94,16 @@ def _read_chunks(
     transposed: bool = False,
 ) -> None:
     """y (b t h e) from q, k (b t h d), v (b t h e) and the states (b h n d e), transposed (b h n e d)."""
-    b, t, h, d = q.shape
-    e, chunks, tiling = v.shape[-1], states.shape[2], _tiling(v.dtype)
+    d, e, tiling = q.shape[-1], v.shape[-1], _tiling(v.dtype)
     widest = 64 if target() == "sm_80" and d > 128 else tiling.outer  # its registers hold no more there
     block_e = block_size(e, widest)
-    constants = {
-        "D": d,
-        "E": e,
-        "TRANSPOSED": transposed,
-        "BLOCK_D": block_size(d, tiling.inner),
-        "BLOCK_E": block_e,
-        "PRECISION": dot_precision(),
-        "CHUNK": walk.chunk,
-        "REVERSE": walk.reverse,
-    }
-    grid, tensors = (b * h * chunks, triton.cdiv(e, block_e)), (q, k, v, log_decay, states, y)
-    launch(_read, grid, *tensors, t, h, chunks, **constants, warps=8 if block_e > 64 else 4, stages=1)
+    launch_chunks(
+        *(_read, triton.cdiv(e, block_e), (q, k, v, log_decay, states, y), q, v, walk, tiling.inner, widest),
+        warps=8 if block_e > 64 else 4,
+        TRANSPOSED=transposed,
+        CHUNK=walk.chunk,
+        REVERSE=walk.reverse,
+    )
 
 
 def _differentiate_decays(
@@ -120,26 +118,9 @@ def _differentiate_decays(
     walk: Walk,
 ) -> None:
     """The gradient of the decays (b t h) from the states before and their gradients behind each chunk."""
-    b, t, h, d = q.shape
-    e, chunks, tiling = v.shape[-1], before.shape[2], _tiling(v.dtype)
-    constants = {
-        "D": d,
-        "E": e,
-        "BLOCK_D": block_size(d, tiling.inner),
-        "BLOCK_E": block_size(e, min(64, tiling.outer)),
-        "PRECISION": dot_precision(),
-        "CHUNK": walk.chunk,
-    }
-    tensors = q, k, v, grad_y, log_decay, before, behind, grad
-    launch(_read_decays, (b * h * chunks,), *tensors, t, h, chunks, **constants, warps=8, stages=1)
-
-
-@triton.jit
-def _decays_between(g, CHUNK: tl.constexpr):
-    """exp(g_{s+1..r}) (r s) from g (c); 0 where the write is later than the read."""
-    index = tl.arange(0, CHUNK)
-    between = tl.cumsum(tl.where(index[:, None] > index[None, :], g[:, None], 0.0), 0)
-    return tl.where(index[:, None] >= index[None, :], tl.exp(between), 0.0)
+    tiling, tensors = _tiling(v.dtype), (q, k, v, grad_y, log_decay, before, behind, grad)
+    blocks = tiling.inner, min(64, tiling.outer)
+    launch_chunks(_read_decays, 1, tensors, q, v, walk, *blocks, warps=8, CHUNK=walk.chunk)
 
 
 @triton.jit
@@ -163,28 +144,28 @@ def _read(
     REVERSE: tl.constexpr,
 ):
     """A program owns a block of values of one chunk."""
-    program = tl.program_id(0).to(tl.int64)
-    sequence, chunk = program // chunks, (program % chunks).to(tl.int32)
-    first = first_row(sequence, t, h)
+    program, sequence, chunk = locate_chunk(chunks)
     index = tl.arange(0, CHUNK)
     token = position_of(index, chunk, chunks, REVERSE, CHUNK)
+    tokens = token_rows(sequence, token, t, h)
     value = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     out = tl.zeros((CHUNK, BLOCK_E), tl.float32)
     weights = tl.zeros((CHUNK, CHUNK), tl.float32)
     for start in range(0, D, BLOCK_D):
         key = start + tl.arange(0, BLOCK_D)
-        at = key[:, None] + value[None, :] * D if TRANSPOSED else key[:, None] * E + value[None, :]
-        tile = tl.load(states + program * D * E + at, mask=(key < D)[:, None] & (value < E)[None, :], other=0.0)
-        query = load_rows(q, first, token, t, h, key, D)
-        write = load_rows(k, first, token, t, h, key, D)
+        if TRANSPOSED:
+            tile = load_transposed(states, matrix_rows(program, value, E), key, D)
+        else:
+            tile = load_rows(states, matrix_rows(program, key, D), value, E)
+        query = load_rows(q, tokens, key, D)
+        write = load_rows(k, tokens, key, D)
         out = tl.dot(query, tile, out, input_precision=PRECISION)
         weights = tl.dot(query, tl.trans(write), weights, input_precision=PRECISION)
-    g = load_scalars(log_decay, first, token + 1 if REVERSE else token, t, h)
-    written = load_rows(v, first, token, t, h, value, E)
-    weights = (weights * _decays_between(g, CHUNK)).to(written.dtype)
-    out = tl.dot(weights, written, out * tl.exp(tl.cumsum(g, 0))[:, None], input_precision=PRECISION)
-    at, there = rows_at(first, token, t, h, value, E)
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
+    g = load_scalars(log_decay, token_rows(sequence, token + 1 if REVERSE else token, t, h))
+    written = load_rows(v, tokens, value, E)
+    weights = (weights * decay_between(g)).to(written.dtype)
+    out = tl.dot(weights, written, out * decay_since_start(g)[:, None], input_precision=PRECISION)
+    store_rows(y, tokens, value, E, out)
 
 
 @triton.jit
@@ -211,28 +192,27 @@ def _read_decays(
 
     Four sums, by where these lie: both in the chunk; before it and in it; in it and behind it; before it and behind it.
     """
-    program = tl.program_id(0).to(tl.int64)
-    sequence, chunk = program // chunks, (program % chunks).to(tl.int32)
-    first = first_row(sequence, t, h)
+    program, sequence, chunk = locate_chunk(chunks)
     index = tl.arange(0, CHUNK)
-    token = position_of(index, chunk, chunks, False, CHUNK)
+    token = chunk * CHUNK + index
+    tokens = token_rows(sequence, token, t, h)
     earlier = index[:, None] > index[None, :]
-    g = load_scalars(log_decay, first, token, t, h)
-    g_next = load_scalars(log_decay, first, token + 1, t, h)
+    g = load_scalars(log_decay, tokens)
+    g_next = load_scalars(log_decay, token_rows(sequence, token + 1, t, h))
 
     weights = tl.zeros((CHUNK, CHUNK), tl.float32)
     for start in range(0, D, BLOCK_D):
         key = start + tl.arange(0, BLOCK_D)
-        query = load_rows(q, first, token, t, h, key, D)
-        write = load_rows(k, first, token, t, h, key, D)
+        query = load_rows(q, tokens, key, D)
+        write = load_rows(k, tokens, key, D)
         weights = tl.dot(query, tl.trans(write), weights, input_precision=PRECISION)
     grad_weights = tl.zeros((CHUNK, CHUNK), tl.float32)
     for start in range(0, E, BLOCK_E):
         value = start + tl.arange(0, BLOCK_E)
-        grad_rows = load_rows(grad_y, first, token, t, h, value, E)
-        written = load_rows(v, first, token, t, h, value, E)
+        grad_rows = load_rows(grad_y, tokens, value, E)
+        written = load_rows(v, tokens, value, E)
         grad_weights = tl.dot(grad_rows, tl.trans(written), grad_weights, input_precision=PRECISION)
-    inside = tl.cumsum(weights * grad_weights * _decays_between(g, CHUNK), 0, reverse=True)
+    inside = tl.cumsum(weights * grad_weights * decay_between(g), 0, reverse=True)
     total = tl.sum(tl.where(earlier, inside, 0.0), 1)
 
     from_before = tl.zeros((CHUNK,), tl.float32)
@@ -245,22 +225,18 @@ def _read_decays(
         grad_written = tl.zeros((CHUNK, BLOCK_E), tl.float32)
         for start_d in range(0, D, BLOCK_D):
             key = start_d + tl.arange(0, BLOCK_D)
-            at = key[:, None] * E + value[None, :]
-            there = (key < D)[:, None] & (value < E)[None, :]
-            tile = tl.load(before + program * D * E + at, mask=there, other=0.0)
-            grad_tile = tl.load(behind + program_behind * D * E + at, mask=there, other=0.0)
-            query = load_rows(q, first, token, t, h, key, D)
-            write = load_rows(k, first, token, t, h, key, D)
+            tile = load_rows(before, matrix_rows(program, key, D), value, E)
+            grad_tile = load_rows(behind, matrix_rows(program_behind, key, D), value, E)
+            query = load_rows(q, tokens, key, D)
+            write = load_rows(k, tokens, key, D)
             read = tl.dot(query, tile, read, input_precision=PRECISION)
             grad_written = tl.dot(write, grad_tile, grad_written, input_precision=PRECISION)
             across += tl.sum(tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
-        from_before += tl.sum(read * load_rows(grad_y, first, token, t, h, value, E), 1)
-        to_behind += tl.sum(grad_written * load_rows(v, first, token, t, h, value, E), 1)
+        from_before += tl.sum(read * load_rows(grad_y, tokens, value, E), 1)
+        to_behind += tl.sum(grad_written * load_rows(v, tokens, value, E), 1)
 
-    total += tl.cumsum(from_before * tl.exp(tl.cumsum(g, 0)), 0, reverse=True)
-    to_behind *= tl.exp(
-        tl.cumsum(g_next, 0, reverse=True)
-    )  # g_next: behind the chunk, its first decay is still to come
+    total += tl.cumsum(from_before * decay_since_start(g), 0, reverse=True)
+    to_behind *= decay_until_end(g_next)  # behind the chunk, its first decay is still to come: it is among them
     total += tl.sum(tl.where(earlier, to_behind[None, :], 0.0), 1)
     total += tl.sum(across, 0) * tl.exp(tl.sum(g, 0) + tl.sum(tl.where(index == CHUNK - 1, g_next, 0.0), 0))
-    tl.store(grad + first + token.to(tl.int64) * h, total.to(grad.dtype.element_ty), mask=token < t)
+    store_scalars(grad, tokens, total)

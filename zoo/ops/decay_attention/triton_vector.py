@@ -19,16 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.decay_attention.triton_carry import (
-    Walk,
-    block_size,
-    carry_chunks,
-    first_row,
+from zoo.ops.decay_attention.triton_carry import Walk, block_size, carry_chunks, launch_chunks, position_of
+from zoo.ops.gpu import target
+from zoo.ops.tiles import (
+    decay_since_start,
+    decay_until_end,
     load_rows,
-    position_of,
-    rows_at,
+    load_transposed,
+    locate_chunk,
+    matrix_rows,
+    store_rows,
+    token_rows,
 )
-from zoo.ops.gpu import dot_precision, launch, target
 
 
 def forward_vector(
@@ -97,9 +99,9 @@ def _carry_states(k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, end: T
 
 def _read_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, states: Tensor, y: Tensor, walk: Walk) -> None:
     """y (b t h e) from q, k (b t h d), v (b t h e) and the states (b h n d e)."""
-    block_e = block_size(v.shape[-1], _sizes(v.dtype).read)
-    blocks = triton.cdiv(v.shape[-1], block_e)
-    _launch(_read, blocks, (q, k, v, log_decay, states, y), q, v, walk, block_e)
+    widest = _sizes(v.dtype).read
+    blocks = triton.cdiv(v.shape[-1], block_size(v.shape[-1], widest))
+    _launch(_read, blocks, (q, k, v, log_decay, states, y), q, v, walk, widest)
 
 
 def _read_keys_of_chunks(
@@ -133,22 +135,13 @@ def _launch(
     keys: Tensor,
     values: Tensor,
     walk: Walk,
-    block_e: int | None = None,
+    widest: int | None = None,
 ) -> None:
     """Over blocks of all chunks of keys (b t h d) and values (b t h e)."""
-    (b, t, h, d), e = keys.shape, values.shape[-1]
     sizes = _sizes(values.dtype)
-    constants = {
-        "D": d,
-        "E": e,
-        "BLOCK_D": block_size(d, sizes.width),
-        "BLOCK_E": block_e or block_size(e, sizes.width),
-        "PRECISION": dot_precision(),
-        "PART": sizes.part,
-        **walk.constants(),
-    }
-    chunks = walk.chunks(t)
-    launch(kernel, (b * h * chunks, blocks), *tensors, t, h, chunks, **constants, warps=sizes.warps, stages=1)
+    tiles = sizes.width, widest or sizes.width
+    constants = {"PART": sizes.part, **walk.constants()}
+    launch_chunks(kernel, blocks, tensors, keys, values, walk, *tiles, warps=sizes.warps, **constants)
 
 
 @triton.jit
@@ -163,9 +156,22 @@ def _pass_write(since, until, g, s, step):
 
 
 @triton.jit
-def _of_part(x, part, number):
-    """The sum of x (c d) over one part, (1 d)."""
-    return tl.sum(tl.where((part == number)[:, None], x, 0.0), 0)[None, :]
+def _inside_parts(index, s, PART: tl.constexpr):
+    """Which pairs (r s) are of write s of a part and a read of the same part, at it or behind it."""
+    return (index % PART >= s)[:, None] & (index[None, :] == (index // PART * PART + s)[:, None])
+
+
+@triton.jit
+def _across_parts(part, number):
+    """Which pairs (r s) are of a write in an earlier part and a read in the part of that number."""
+    return (part == number)[:, None] & (part < number)[None, :]
+
+
+@triton.jit
+def _pass_part(write, g, part, number):
+    """The writes (c d) before a part, decayed from where it begins to where it ends."""
+    passed = tl.sum(tl.where((part == number)[:, None], g, 0.0), 0)[None, :]
+    return tl.where((part < number)[:, None], write * tl.exp(passed), write)
 
 
 @triton.jit
@@ -199,46 +205,43 @@ def _read(
     DECAY_LAG: tl.constexpr,
 ):
     """A program owns a block of values of one chunk."""
-    program = tl.program_id(0).to(tl.int64)
-    sequence, chunk = program // chunks, (program % chunks).to(tl.int32)
-    first = first_row(sequence, t, h)
+    program, sequence, chunk = locate_chunk(chunks)
     index = tl.arange(0, CHUNK)
-    part, step = index // PART, index % PART
+    part = index // PART
     position = position_of(index, chunk, chunks, REVERSE, CHUNK)
+    reads = token_rows(sequence, position - READ_LAG, t, h)
+    writes = token_rows(sequence, position - WRITE_LAG, t, h)
+    decays = token_rows(sequence, position - DECAY_LAG, t, h)
     value = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     out = tl.zeros((CHUNK, BLOCK_E), tl.float32)
     weights = tl.zeros((CHUNK, CHUNK), tl.float32)
     for start in range(0, D, BLOCK_D):
         key = start + tl.arange(0, BLOCK_D)
-        g = load_rows(log_decay, first, position - DECAY_LAG, t, h, key, D).to(tl.float32)
-        query = load_rows(q, first, position - READ_LAG, t, h, key, D)
-        there = (key < D)[:, None] & (value < E)[None, :]
-        tile = tl.load(states + program * D * E + key[:, None] * E + value[None, :], mask=there, other=0.0)
-        out = tl.dot((query * tl.exp(tl.cumsum(g, 0))).to(tile.dtype), tile, out, input_precision=PRECISION)
+        g = load_rows(log_decay, decays, key, D).to(tl.float32)
+        query = load_rows(q, reads, key, D)
+        tile = load_rows(states, matrix_rows(program, key, D), value, E)
+        out = tl.dot((query * decay_since_start(g)).to(tile.dtype), tile, out, input_precision=PRECISION)
 
         since = tl.zeros((CHUNK, BLOCK_D), tl.float32)
         until = tl.zeros((CHUNK, BLOCK_D), tl.float32)
         for back in range(PART):
             s = PART - 1 - back
             at = position_of(part * PART + s, chunk, chunks, REVERSE, CHUNK)
-            write = load_rows(k, first, at - WRITE_LAG, t, h, key, D).to(tl.float32)
+            write = load_rows(k, token_rows(sequence, at - WRITE_LAG, t, h), key, D).to(tl.float32)
             weight = tl.sum(query * write * tl.exp(since), 1)
-            this = (step >= s)[:, None] & (index[None, :] == (part * PART + s)[:, None])
-            weights += tl.where(this, weight[:, None], 0.0)
-            g_write = load_rows(log_decay, first, at - DECAY_LAG, t, h, key, D).to(tl.float32)
-            since, until = _pass_write(since, until, g_write, s, step)
+            weights += tl.where(_inside_parts(index, s, PART), weight[:, None], 0.0)
+            g_write = load_rows(log_decay, token_rows(sequence, at - DECAY_LAG, t, h), key, D).to(tl.float32)
+            since, until = _pass_write(since, until, g_write, s, index % PART)
 
         query = (query * tl.exp(since)).to(tile.dtype)
-        write = load_rows(k, first, position - WRITE_LAG, t, h, key, D) * tl.exp(until)
+        write = load_rows(k, writes, key, D) * tl.exp(until)
         for number in range(1, CHUNK // PART):
             product = tl.dot(query, tl.trans(write.to(tile.dtype)), input_precision=PRECISION)
-            this = (part == number)[:, None] & (part < number)[None, :]
-            weights += tl.where(this, product, 0.0)
-            write = tl.where((part < number)[:, None], write * tl.exp(_of_part(g, part, number)), write)
-    written = load_rows(v, first, position - WRITE_LAG, t, h, value, E)
+            weights += tl.where(_across_parts(part, number), product, 0.0)
+            write = _pass_part(write, g, part, number)
+    written = load_rows(v, writes, value, E)
     out = tl.dot(weights.to(written.dtype), written, out, input_precision=PRECISION)
-    at, there = rows_at(first, position - READ_LAG, t, h, value, E)
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
+    store_rows(y, reads, value, E, out)
 
 
 @triton.jit
@@ -268,48 +271,45 @@ def _read_keys(
 
     A program owns a block of keys of one chunk.
     """
-    program = tl.program_id(0).to(tl.int64)
-    sequence, chunk = program // chunks, (program % chunks).to(tl.int32)
-    first = first_row(sequence, t, h)
+    program, sequence, chunk = locate_chunk(chunks)
     index = tl.arange(0, CHUNK)
-    part, step = index // PART, index % PART
+    part = index // PART
     position = position_of(index, chunk, chunks, REVERSE, CHUNK)
+    reads = token_rows(sequence, position - READ_LAG, t, h)
+    writes = token_rows(sequence, position - WRITE_LAG, t, h)
+    decays = token_rows(sequence, position - DECAY_LAG, t, h)
     key = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     weights = tl.zeros((CHUNK, CHUNK), tl.float32)
     out = tl.zeros((CHUNK, BLOCK_D), tl.float32)
     for start in range(0, E, BLOCK_E):
         value = start + tl.arange(0, BLOCK_E)
-        query = load_rows(x, first, position - READ_LAG, t, h, value, E)
-        written = load_rows(v, first, position - WRITE_LAG, t, h, value, E)
-        there = (value < E)[:, None] & (key < D)[None, :]
-        tile = tl.load(states + program * D * E + value[:, None] + key[None, :] * E, mask=there, other=0.0)
+        query = load_rows(x, reads, value, E)
+        written = load_rows(v, writes, value, E)
+        tile = load_transposed(states, matrix_rows(program, key, D), value, E)
         weights = tl.dot(query, tl.trans(written), weights, input_precision=PRECISION)
         out = tl.dot(query, tile, out, input_precision=PRECISION)
-    g = load_rows(log_decay, first, position - DECAY_LAG, t, h, key, D).to(tl.float32)
-    out *= tl.exp(tl.cumsum(g, 0))
+    g = load_rows(log_decay, decays, key, D).to(tl.float32)
+    out *= decay_since_start(g)
 
     since = tl.zeros((CHUNK, BLOCK_D), tl.float32)
     until = tl.zeros((CHUNK, BLOCK_D), tl.float32)
     for back in range(PART):
         s = PART - 1 - back
         at = position_of(part * PART + s, chunk, chunks, REVERSE, CHUNK)
-        this = (step >= s)[:, None] & (index[None, :] == (part * PART + s)[:, None])
-        weight = tl.sum(tl.where(this, weights, 0.0), 1)
-        write = load_rows(k, first, at - WRITE_LAG, t, h, key, D).to(tl.float32)
+        weight = tl.sum(tl.where(_inside_parts(index, s, PART), weights, 0.0), 1)
+        write = load_rows(k, token_rows(sequence, at - WRITE_LAG, t, h), key, D).to(tl.float32)
         out += weight[:, None] * write * tl.exp(since)
-        g_write = load_rows(log_decay, first, at - DECAY_LAG, t, h, key, D).to(tl.float32)
-        since, until = _pass_write(since, until, g_write, s, step)
+        g_write = load_rows(log_decay, token_rows(sequence, at - DECAY_LAG, t, h), key, D).to(tl.float32)
+        since, until = _pass_write(since, until, g_write, s, index % PART)
 
-    write = load_rows(k, first, position - WRITE_LAG, t, h, key, D) * tl.exp(until)
+    write = load_rows(k, writes, key, D) * tl.exp(until)
     earlier = tl.zeros((CHUNK, BLOCK_D), tl.float32)
     for number in range(1, CHUNK // PART):
-        this = (part == number)[:, None] & (part < number)[None, :]
-        weight = tl.where(this, weights, 0.0).to(states.dtype.element_ty)
+        weight = tl.where(_across_parts(part, number), weights, 0.0).to(states.dtype.element_ty)
         earlier = tl.dot(weight, write.to(states.dtype.element_ty), earlier, input_precision=PRECISION)
-        write = tl.where((part < number)[:, None], write * tl.exp(_of_part(g, part, number)), write)
+        write = _pass_part(write, g, part, number)
     out += earlier * tl.exp(since)
-    at, there = rows_at(first, position - READ_LAG, t, h, key, D)
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
+    store_rows(y, reads, key, D, out)
 
 
 @triton.jit
@@ -342,12 +342,13 @@ def _read_decays(
     Sums by where these lie: before the chunk or in it; in it or behind it; both in it, in one part or in two.
     A program owns a block of keys of one chunk.
     """
-    program = tl.program_id(0).to(tl.int64)
-    sequence, chunk = program // chunks, (program % chunks).to(tl.int32)
-    first = first_row(sequence, t, h)
+    program, sequence, chunk = locate_chunk(chunks)
     index = tl.arange(0, CHUNK)
-    part, step = index // PART, index % PART
+    part = index // PART
     position = position_of(index, chunk, chunks, REVERSE, CHUNK)
+    reads = token_rows(sequence, position - READ_LAG, t, h)
+    writes = token_rows(sequence, position - WRITE_LAG, t, h)
+    decays = token_rows(sequence, position - DECAY_LAG, t, h)
     program_behind = sequence * chunks + chunks - 1 - chunk
     key = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     weights = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -356,23 +357,21 @@ def _read_decays(
     across = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, E, BLOCK_E):
         value = start + tl.arange(0, BLOCK_E)
-        grad_rows = load_rows(grad_y, first, position - READ_LAG, t, h, value, E)
-        written = load_rows(v, first, position - WRITE_LAG, t, h, value, E)
-        there = (value < E)[:, None] & (key < D)[None, :]
-        at = value[:, None] + key[None, :] * E
-        tile = tl.load(before + program * D * E + at, mask=there, other=0.0)
-        grad_tile = tl.load(behind + program_behind * D * E + at, mask=there, other=0.0)
+        grad_rows = load_rows(grad_y, reads, value, E)
+        written = load_rows(v, writes, value, E)
+        tile = load_transposed(before, matrix_rows(program, key, D), value, E)
+        grad_tile = load_transposed(behind, matrix_rows(program_behind, key, D), value, E)
         weights = tl.dot(grad_rows, tl.trans(written), weights, input_precision=PRECISION)
         from_before = tl.dot(grad_rows, tile, from_before, input_precision=PRECISION)
         to_behind = tl.dot(written, grad_tile, to_behind, input_precision=PRECISION)
         across += tl.sum(tile.to(tl.float32) * grad_tile.to(tl.float32), 0)
 
-    query = load_rows(q, first, position - READ_LAG, t, h, key, D).to(tl.float32)
-    write = load_rows(k, first, position - WRITE_LAG, t, h, key, D).to(tl.float32)
-    g = load_rows(log_decay, first, position - DECAY_LAG, t, h, key, D).to(tl.float32)
-    g_next = load_rows(log_decay, first, position + 1 - DECAY_LAG, t, h, key, D).to(tl.float32)
-    to_behind *= write * tl.exp(tl.cumsum(g_next, 0, reverse=True))  # its first decay behind the chunk is among them
-    total = tl.cumsum(from_before * query * tl.exp(tl.cumsum(g, 0)), 0, reverse=True)
+    query = load_rows(q, reads, key, D).to(tl.float32)
+    write = load_rows(k, writes, key, D).to(tl.float32)
+    g = load_rows(log_decay, decays, key, D).to(tl.float32)
+    g_next = load_rows(log_decay, token_rows(sequence, position + 1 - DECAY_LAG, t, h), key, D).to(tl.float32)
+    to_behind *= write * decay_until_end(g_next)  # its first decay behind the chunk is among them
+    total = tl.cumsum(from_before * query * decay_since_start(g), 0, reverse=True)
     total += tl.cumsum(to_behind, 0) - to_behind
     last = (index == CHUNK - 1)[:, None]
     total += (across * tl.exp(tl.sum(g, 0) + tl.sum(tl.where(last, g_next, 0.0), 0)))[None, :]
@@ -382,24 +381,21 @@ def _read_decays(
     for back in range(PART):
         s = PART - 1 - back
         at = position_of(part * PART + s, chunk, chunks, REVERSE, CHUNK)
-        this = (step >= s)[:, None] & (index[None, :] == (part * PART + s)[:, None])
-        weight = tl.sum(tl.where(this, weights, 0.0), 1)
-        write_s = load_rows(k, first, at - WRITE_LAG, t, h, key, D).to(tl.float32)
+        weight = tl.sum(tl.where(_inside_parts(index, s, PART), weights, 0.0), 1)
+        write_s = load_rows(k, token_rows(sequence, at - WRITE_LAG, t, h), key, D).to(tl.float32)
         through = _sum_behind(weight[:, None] * query * write_s * tl.exp(since), CHUNK, PART, BLOCK_D)
-        total += tl.where((step > s)[:, None], through, 0.0)
-        g_write = load_rows(log_decay, first, at - DECAY_LAG, t, h, key, D).to(tl.float32)
-        since, until = _pass_write(since, until, g_write, s, step)
+        total += tl.where((index % PART > s)[:, None], through, 0.0)
+        g_write = load_rows(log_decay, token_rows(sequence, at - DECAY_LAG, t, h), key, D).to(tl.float32)
+        since, until = _pass_write(since, until, g_write, s, index % PART)
 
     query *= tl.exp(since)
     write *= tl.exp(until)
     earlier = tl.zeros((CHUNK, BLOCK_D), tl.float32)
     for number in range(1, CHUNK // PART):
-        this = (part == number)[:, None] & (part < number)[None, :]
-        weight = tl.where(this, weights, 0.0).to(before.dtype.element_ty)
+        weight = tl.where(_across_parts(part, number), weights, 0.0).to(before.dtype.element_ty)
         earlier = tl.dot(weight, write.to(weight.dtype), earlier, input_precision=PRECISION)
         later = tl.dot(tl.trans(weight), query.to(weight.dtype), input_precision=PRECISION) * write
         total += tl.where((part < number)[:, None], tl.cumsum(later, 0) - later, 0.0)
-        write = tl.where((part < number)[:, None], write * tl.exp(_of_part(g, part, number)), write)
+        write = _pass_part(write, g, part, number)
     total += _sum_behind(earlier * query, CHUNK, PART, BLOCK_D)
-    at, there = rows_at(first, position - DECAY_LAG, t, h, key, D)
-    tl.store(grad + at, total.to(grad.dtype.element_ty), mask=there)
+    store_rows(grad, decays, key, D, total)

@@ -28,7 +28,7 @@ _TOO_LONG = 10.0  # seconds after which a first call, page faults included, coun
 _LEAST = 5e-3  # seconds between two looks at the clock
 
 
-def measure(trials: list[Trial], repeats: int, peak_memory: bool) -> list[Measurement]:
+def measure(trials: list[Trial], repeats: int, peak_memory: bool, budget: float | None = None) -> list[Measurement]:
     """Time the contenders of a workload in one pass.
 
     Args:
@@ -36,7 +36,9 @@ def measure(trials: list[Trial], repeats: int, peak_memory: bool) -> list[Measur
             two threads too.
         repeats: rounds, at most: a slow contender gets fewer.
         peak_memory: measure that of each too.
+        budget: seconds that a contender gets for its rounds.
     """
+    budget = budget or _BUDGET
     with _one_thread():
         measurements, clocked, expected = [], {}, None
         for trial in trials:
@@ -49,7 +51,7 @@ def measure(trials: list[Trial], repeats: int, peak_memory: bool) -> list[Measur
             if peak_memory and seconds > _TOO_LONG:  # else of a later call, when there is nothing to set up
                 measurements[-1].peak_megabytes = peak
             if measurements[-1].difference <= AGREEMENT[DTYPE]:
-                clocked[trial.name] = _Clocked(trial, seconds)
+                clocked[trial.name] = _Clocked(trial, seconds, budget)
         for turn in range(repeats):
             for contender in clocked.values():
                 contender.take(turn)
@@ -93,15 +95,15 @@ def allocator() -> str:
 class _Clocked:
     """Rounds of a contender, as many as its budget allows."""
 
-    def __init__(self, trial: Trial, first_seconds: float):
+    def __init__(self, trial: Trial, first_seconds: float, budget: float):
         self._trial, self._samples = trial, []
         self._number, self._rounds = 1, 0
         if first_seconds > _TOO_LONG:
             self._samples.append(first_seconds)
             return
-        seconds = first_seconds if first_seconds > _BUDGET else _processor_time(trial)  # the first warmed up
+        seconds = first_seconds if first_seconds > budget else _processor_time(trial)  # the first warmed up
         self._number = max(1, round(_LEAST / seconds))
-        self._rounds = max(1, int(_BUDGET / (seconds * self._number)))
+        self._rounds = max(1, int(budget / (seconds * self._number)))
 
     def take(self, turn: int) -> None:
         if turn < self._rounds:

@@ -54,6 +54,7 @@ TRAINING, DECODING = "training step", "decoding"
 _ROWS, _LENGTH = 2, 512  # of a training batch
 _PROMPT, _NEW = 16, 64  # tokens of one sequence
 _VOCABULARY = 8192
+_BUDGET = 15.0  # seconds that a model gets for its rounds
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _measure(pair: Pair, which: str, repeats: int, source: Row) -> list[Row]:
     tokens = torch.randint(1, ours.config.vocab_size, (_ROWS, _LENGTH), generator=generator)
     trial = {TRAINING: TrainingStep, DECODING: Decoding}[which]
     trials = [trial("zoo", ours, tokens), trial("transformers", theirs, tokens)]
-    measurements = cpu.measure(trials, repeats, peak_memory=which == TRAINING)
+    measurements = cpu.measure(trials, repeats, peak_memory=which == TRAINING, budget=_BUDGET)
     return _make_rows(pair, which, ours, measurements, source)
 
 

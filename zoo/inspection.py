@@ -11,7 +11,7 @@ from zoo.config import ZooConfig
 from zoo.mixer import Mixer
 from zoo.ops.dispatch import Choice, choose
 from zoo.ops.liger import LIGER_OPS, choose_liger
-from zoo.ops.onednn import choose_linear
+from zoo.ops.linear import choose_linear
 
 
 def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torch.dtype | None = None) -> int:

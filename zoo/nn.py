@@ -19,7 +19,7 @@ from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
 from zoo.ops.liger import rms_norm, swiglu
-from zoo.ops.onednn import linear
+from zoo.ops.linear import linear
 from zoo.ops.short_conv import short_conv
 
 
@@ -37,7 +37,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Linear(nn.Linear):
-    """A linear layer, whose products are oneDNN's where PyTorch's own are slow (`zoo.ops.onednn`)."""
+    """A linear layer, whose products are not PyTorch's where those are slow (`zoo.ops.linear`)."""
 
     ops = ("linear",)
 

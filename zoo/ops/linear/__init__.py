@@ -1,8 +1,12 @@
-"""Products of matrices on CPUs that are not ours: oneDNN's, which PyTorch carries and in float32 does not use.
+"""Linear layers on CPUs, in float32, where PyTorch's own products are slow.
 
-PyTorch multiplies float32 matrices with MKL. On AMD's processors with AVX-512 that runs at half of the vector width;
-oneDNN has no such preference, and there it multiplies about twice as fast (`zoo bench models` measures both peaks).
-Everywhere else, and for small products, the layer is PyTorch's.
+For many tokens: PyTorch multiplies with MKL, which on AMD's processors with AVX-512 uses half of the vector width.
+There oneDNN, which PyTorch carries for lower precisions, is about twice as fast.
+
+For a single token, without a gradient: all that counts is how fast the weights are read, and C++ (`native.cpp`) reads
+them two to three times as fast as PyTorch's product.
+
+Everywhere else, and for small layers, the product is PyTorch's.
 """
 
 import functools
@@ -13,15 +17,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from zoo.ops import native
 from zoo.ops.checks import is_plain_call
 from zoo.ops.dispatch import Choice, requested
 
-_LEAST = 2**21
+_LEAST_PRODUCT = 2**21
 """Multiplications that make up for oneDNN's preparations."""
+
+_LEAST_ROW = 2**18
+"""Weights that make up for a call of C++."""
 
 
 def choose_linear(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Choice:
-    """`onednn` or `torch` for linear layers on a device, and why."""
+    """`onednn` or `torch` for linear layers of many tokens on a device, and why."""
     if torch.device(device).type != "cpu":
         return Choice("torch", f"oneDNN runs on a CPU, not on {torch.device(device).type}")
     if dtype != torch.float32:
@@ -35,9 +43,18 @@ def choose_linear(device: torch.device | str, dtype: torch.dtype = torch.float32
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, for x (... d), weight (e d), bias (e): `torch.nn.functional.linear`."""
-    if not _goes_to_onednn(x, weight, bias):
-        return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    is_row = x.numel() == weight.shape[1]
+    if is_row and _goes_to_native(x, weight, bias):
+        return _multiply_row(x, weight, bias)
+    if not is_row and _goes_to_onednn(x, weight, bias):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _multiply_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    native.call(*("linear", "linear_row", torch.float32), *weight.shape, x.contiguous(), weight, bias, y)
+    return y
 
 
 class _Linear(torch.autograd.Function):
@@ -66,15 +83,33 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _goes_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.numel() * weight.shape[0] >= _LEAST_PRODUCT
+        and x.dim() >= 2
+        and _is_plain_float32(x, weight, bias)
+        and choose_linear(x.device).backend == "onednn"
+    )
+
+
+def _goes_to_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        weight.numel() >= _LEAST_ROW
+        and weight.is_contiguous()
+        and _is_plain_float32(x, weight, bias)
+        and not (torch.is_grad_enabled() and any(y.requires_grad for y in (x, weight, bias) if y is not None))
+        and requested() in ("auto", "require", "native")
+        and native.obstacle("linear") is None
+    )
+
+
+def _is_plain_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the numbers lie on a CPU in float32, and nothing but autograd looks on."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        x.numel() * weight.shape[0] >= _LEAST
-        and x.dim() >= 2
-        and all(tensor.dtype == torch.float32 for tensor in tensors)
+        all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and is_plain_call(tensors)
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
-        and choose_linear(x.device).backend == "onednn"
     )
 
 

@@ -52,6 +52,10 @@ class Checkpoint:
         """
         return self._readers[name]()
 
+    def count_layers(self, prefix: str) -> int:
+        """How many different numbers follow a prefix, as `"blocks."`, in the names."""
+        return len({name.removeprefix(prefix).split(".")[0] for name in self.shapes if name.startswith(prefix)})
+
 
 def _weight_files(path: Path) -> list[Path]:
     if path.is_file():

@@ -46,11 +46,6 @@ def read_sizes(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, int]:
     return {field: shape[axis] for field, shape, axis in shapes if len(shape) > axis}
 
 
-def count_layers(checkpoint: Checkpoint, prefix: str) -> int:
-    """How many different numbers follow the prefix."""
-    return len({name.removeprefix(prefix).split(".")[0] for name in checkpoint.shapes if name.startswith(prefix)})
-
-
 def require_version(config: RWKVConfig, versions: Iterable[int]) -> None:
     """Raise ValueError unless all layers are those of one of these versions."""
     if not any(set(zip(config.mixers, config.channel_mixers, strict=True)) == {MIXERS[v]} for v in versions):
@@ -182,7 +177,7 @@ def _read_config(checkpoint: Checkpoint) -> RWKVConfig:
         RWKVConfig,
         mixers=[mixer],
         channel_mixers=[channel_mixer],
-        num_hidden_layers=count_layers(checkpoint, "blocks."),
+        num_hidden_layers=checkpoint.count_layers("blocks."),
         bos_token_id=0,
         eos_token_id=0,
         **read_sizes(checkpoint, _SIZES | _SIZES_OF_VERSION[version]),

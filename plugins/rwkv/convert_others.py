@@ -10,7 +10,6 @@ from zoo.plugins.rwkv.convert import (
     LOW_RANK,
     MIXERS,
     Sizes,
-    count_layers,
     in_layer,
     read_sizes,
     read_tokenizer,
@@ -139,7 +138,7 @@ def _read_fla_config(checkpoint: Checkpoint) -> RWKVConfig:
     config = make_config(
         checkpoint,
         RWKVConfig,
-        num_hidden_layers=count_layers(checkpoint, "model.layers."),
+        num_hidden_layers=checkpoint.count_layers("model.layers."),
         **read_sizes(checkpoint, _FLA_SIZES),
         **{name: theirs.get(name) for name in kept},
     )

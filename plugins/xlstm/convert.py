@@ -42,10 +42,6 @@ def _sizes(checkpoint: Checkpoint, name: str, dims: int) -> tuple[int, ...]:
     return shape
 
 
-def _count_blocks(checkpoint: Checkpoint, prefix: str) -> int:
-    return len({name.removeprefix(prefix).split(".")[0] for name in checkpoint.shapes if name.startswith(prefix)})
-
-
 # -- the large models --------------------------------------------------------------------------------------------------
 
 _FIRST_BLOCK = "backbone.blocks.0."
@@ -135,7 +131,7 @@ def _read_large(checkpoint: Checkpoint) -> XLSTMConfig:
         XLSTMConfig,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_hidden_layers=_count_blocks(checkpoint, "backbone.blocks."),
+        num_hidden_layers=checkpoint.count_layers("backbone.blocks."),
         num_heads=gates // 2 if _is_fused(checkpoint) else gates,
         **_inner_sizes(checkpoint),
         **{name: variant[name] for name in _VARIANT},
@@ -239,7 +235,7 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
 
 def _read_first_paper(checkpoint: Checkpoint) -> XLSTMConfig:
     vocab_size, hidden_size = _sizes(checkpoint, "token_embedding.weight", 2)
-    blocks = [f"{_BLOCKS}{i}." for i in range(_count_blocks(checkpoint, _BLOCKS))]
+    blocks = [f"{_BLOCKS}{i}." for i in range(checkpoint.count_layers(_BLOCKS))]
     fields: dict[str, Any] = {}
     for block in blocks:
         fields |= _sizes_of_block(checkpoint, block)

@@ -125,9 +125,11 @@ def package(rwkv_package):
 def test_the_authors_files(version, dtype, tmp_path, assert_imports, package):
     file = save(authors_tensors(version, dtype=dtype), tmp_path)
     oracle = package(file, version)
-    logits_of = lambda tokens: oracle(tokens).logits  # noqa: E731
-    reload = lambda folder: package(folder / "model.pth", version)  # noqa: E731
-    model = assert_imports(file, logits_of, reload, to="rwkv")
+
+    def reload(folder):
+        return package(folder / "model.pth", version)
+
+    model = assert_imports(file, lambda tokens: oracle(tokens).logits, reload, to="rwkv")
     config = model.config
     assert model.dtype == dtype
     assert set(config.mixers) == {f"rwkv{version}"}

@@ -43,7 +43,7 @@ class ZooConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
     default_mixers: ClassVar[tuple[str, ...]] = ()
-    default_channel_mixers: ClassVar[tuple[str, ...]] = ("gated_mlp",)
+    default_channel_mixers: ClassVar[tuple[str, ...]] = ("swiglu",)
     sizes: ClassVar[tuple[str, ...]] = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     """Fields that must be positive."""
 

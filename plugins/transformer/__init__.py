@@ -29,7 +29,7 @@ PLUGIN = Plugin(
         TransformerForTokenClassification,
     ),
     mixers={"attention": Attention, "sliding_attention": SlidingWindowAttention},
-    channel_mixers={"gated_mlp": GatedMLP},
+    channel_mixers={"swiglu": GatedMLP},
     presets={
         "transformer-tiny": _TINY,
         "transformer-sliding-tiny": {**_TINY, "mixers": ["sliding_attention", "attention"], "sliding_window": 32},

@@ -25,7 +25,7 @@ def _read_config(checkpoint: Checkpoint) -> TransformerConfig:
 
 
 def _write_config(config: TransformerConfig) -> LlamaConfig:
-    if set(config.mixers) != {"attention"} or set(config.channel_mixers) != {"gated_mlp"}:
+    if set(config.mixers) != {"attention"} or set(config.channel_mixers) != {"swiglu"}:
         raise ValueError(f"it has layers of attention and SwiGLU only, not {config.mixers}, {config.channel_mixers}")
     return LlamaConfig(rms_norm_eps=config.norm_eps, **{name: getattr(config, name) for name in _SAME_FIELDS})
 

@@ -90,7 +90,7 @@ def _read_transformers(checkpoint: Checkpoint) -> XLSTMConfig:
 
 
 def _write_transformers(config: XLSTMConfig) -> PreTrainedConfig:
-    if set(config.mixers) != {"mlstm"} or set(config.channel_mixers) != {"gated_mlp"}:
+    if set(config.mixers) != {"mlstm"} or set(config.channel_mixers) != {"swiglu"}:
         raise ValueError(f"it has layers of mlstm and SwiGLU only, not {config.mixers}, {config.channel_mixers}")
     for name, wanted in (("norm_type", "rms_norm"), ("hidden_act", "silu"), ("tie_word_embeddings", False)):
         if getattr(config, name) != wanted:
@@ -246,7 +246,7 @@ def _read_first_paper(checkpoint: Checkpoint) -> XLSTMConfig:
         hidden_size=hidden_size,
         num_hidden_layers=len(blocks),
         mixers=["mlstm_preup" if _is_mlstm(checkpoint, block) else "slstm" for block in blocks],
-        channel_mixers=["gated_mlp" if _has_mlp(checkpoint, block) else NO_MIXER for block in blocks],
+        channel_mixers=["swiglu" if _has_mlp(checkpoint, block) else NO_MIXER for block in blocks],
         tie_word_embeddings=_is_tied(checkpoint),
         **fields,
         **FIRST_PAPER,

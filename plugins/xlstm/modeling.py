@@ -37,7 +37,7 @@ class XLSTMConfig(ZooConfig):
         qkv_block_size: side of the blocks on the diagonal of its projections to queries, keys and values.
         conv_kernel: taps of the convolution of `mlstm_preup` and `slstm`.
         intermediate_size: inner width of the channel mixer. Default: 8/3 * hidden_size, up to a multiple of 64.
-        channel_mixers: as of every model. Default: "none" behind `mlstm_preup`, else "gated_mlp".
+        channel_mixers: as of every model. Default: "none" behind `mlstm_preup`, else "swiglu".
         norm_type: of the residual stream: `rms_norm`, or `layer_norm` with a weight stored as its difference from 1.
         output_logit_soft_cap: likewise of the logits; None: no cap.
         initializer_range: standard deviation of freshly drawn weights. Default: sqrt(2 / (5 * hidden_size)).
@@ -72,7 +72,7 @@ class XLSTMConfig(ZooConfig):
         self.intermediate_size = self.intermediate_size or _round_up(8 * d // 3)
         self.initializer_range = self.initializer_range or (2 / (5 * d)) ** 0.5
         self.channel_mixers = self.channel_mixers or [
-            NO_MIXER if name == "mlstm_preup" else "gated_mlp" for name in self.mixers or self.default_mixers
+            NO_MIXER if name == "mlstm_preup" else "swiglu" for name in self.mixers or self.default_mixers
         ]
 
     def validate_architecture(self):

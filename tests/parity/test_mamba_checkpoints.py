@@ -112,7 +112,7 @@ def test_variants_that_are_not_here(kind, changes, message, tmp_path):
     ("changes", "message"),
     [
         ({"mixers": ["mamba", "mamba2"]}, r"mamba: it has layers of mamba only, not \['mamba', 'mamba2', 'mamba', 'm"),
-        ({"channel_mixers": ["gated_mlp"]}, "mamba2: it has layers of mamba2 only, .*gated_mlp"),
+        ({"channel_mixers": ["swiglu"]}, "mamba2: it has layers of mamba2 only, .*swiglu"),
     ],
 )
 def test_what_transformers_has_no_room_for(changes, message, tmp_path):

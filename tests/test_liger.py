@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import zoo
-from zoo.ops import liger
+from zoo.ops import fused, liger
 from zoo.ops import linear_cross_entropy as cross_entropy_module
 from zoo.ops.dispatch import Choice, use_backend
 
@@ -33,7 +33,7 @@ def calls(monkeypatch):
         liger_swiglu=record("liger_swiglu", lambda gate, up: F.silu(gate) * up),
     )
     choose_for = liger.choose_liger
-    monkeypatch.setattr(liger, "choose_liger", lambda device, kernels: choose_for("cuda", kernels))
+    monkeypatch.setattr(fused, "choose_fused", lambda device, dtype, kernels: choose_for("cuda", kernels))
     monkeypatch.setattr(liger, "_is_installed", lambda: True)
     monkeypatch.setattr(liger, "_functional", lambda: functions)
     return found
@@ -56,9 +56,9 @@ def test_a_model_runs_on_it(calls):
 
 def test_a_compiler_fuses_by_itself(calls):
     x, weight = torch.randn(2, 8), torch.rand(8)
-    y = torch.compile(liger.rms_norm, fullgraph=True)(x, weight, 1e-6)
+    y = torch.compile(fused.rms_norm, fullgraph=True)(x, weight, 1e-6)
     assert not calls
-    torch.testing.assert_close(y, liger.rms_norm(x, weight, 1e-6))
+    torch.testing.assert_close(y, fused.rms_norm(x, weight, 1e-6))
     assert calls
 
 

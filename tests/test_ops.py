@@ -116,6 +116,19 @@ def test_triton_equals_reference_at_length(op, case, form, t):
     assert_exact(case, form, example(case, t, "both"))
 
 
+@each("reference", "chunked", "triton")
+@pytest.mark.parametrize("t", [1, 65])
+def test_without_gradients(op, case, form, t):
+    """As in decoding: C++ is then called directly, and may take a shorter way for a single token."""
+    for packing in PACKINGS:
+        given = example(case, t, packing)
+        for dtype in dtypes_of(form):
+            with torch.no_grad():
+                found = flatten(case.call(to_dtype(given.inputs, dtype), form, **given.packing))
+            for x, exact in zip(found, given.exact["outputs"], strict=True):
+                assert_close(x, exact, TOLERANCE[dtype])
+
+
 @each("reference")
 def test_low_precision_inputs(op, case, form):
     """bfloat16 inputs: the state stays in float32, and the result is that of the rounded inputs, nearly."""

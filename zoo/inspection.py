@@ -10,7 +10,7 @@ from zoo import registry
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer
 from zoo.ops.dispatch import Choice, choose
-from zoo.ops.liger import LIGER_OPS, choose_liger
+from zoo.ops.fused import FUSED, choose_fused
 from zoo.ops.linear import choose_linear
 
 
@@ -96,8 +96,8 @@ def _choice(op: str, model: PreTrainedModel) -> Choice:
         return Choice(model.config._attn_implementation, "transformers' attn_implementation")
     if op == "linear":
         return choose_linear(model.device, model.dtype)
-    if op in LIGER_OPS:
-        return choose_liger(model.device, model.config.kernels)
+    if op in FUSED:
+        return choose_fused(model.device, model.dtype, model.config.kernels)
     forms = importlib.import_module(f"zoo.ops.{op}").OP.forms
     dtype = torch.promote_types(model.dtype, torch.float32)
     return choose(op, forms, model.device, dtype, model.config.kernels)

@@ -7,6 +7,7 @@ where its architecture differs.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -210,7 +211,7 @@ class ZooModel(ZooPreTrainedModel):
     def run_layers(self, x: Tensor, tokens: Tokens, past_key_values: Cache | None) -> tuple[Tensor, Shared]:
         """Embeddings (b t d) -> the residual stream after the last block (b t d), and the values the layers left."""
         shared: Shared = {}
-        for layer in self.layers[: self.config.num_hidden_layers]:  # early exit lowers the number for a while
+        for layer in islice(self.layers, self.config.num_hidden_layers):  # early exit lowers the number for a while
             x, shared = layer(x, shared, tokens=tokens, past_key_values=past_key_values)
         return x, shared
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
-from zoo.ops.liger import rms_norm, swiglu
+from zoo.ops.fused import rms_norm, swiglu
 from zoo.ops.linear import linear
 from zoo.ops.short_conv import short_conv
 

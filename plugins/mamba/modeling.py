@@ -23,7 +23,7 @@ from zoo.mixer import RecurrentMixer, Shared, Tokens
 from zoo.modeling import Block, ZooModel, heads_of
 from zoo.nn import Linear, RMSNorm, ShortConv
 from zoo.ops.decay_attention import decay_attention
-from zoo.ops.liger import rms_norm, swiglu
+from zoo.ops.fused import rms_norm, swiglu
 from zoo.ops.selective_scan import selective_scan
 
 
@@ -145,7 +145,7 @@ class Mamba(SelectiveStateSpace):
     Its state are the last inputs of the convolution and the states of the channels.
     """
 
-    ops = ("short_conv", "selective_scan", "swiglu")
+    ops = ("short_conv", "selective_scan", "swiglu", "rms_norm")
     config_fields = (
         *("state_size", "expand", "conv_kernel", "use_conv_bias", "use_bias", "time_step_rank"),
         *("time_step_min", "time_step_max", "time_step_floor", "mixer_rms_eps"),
@@ -189,7 +189,7 @@ class Mamba(SelectiveStateSpace):
         """What depends on the token, of x (b t e): time step (b t r), B and C (b t n)."""
         selected = self.x_proj(x).split(self.widths, dim=-1)
         if (eps := self.config.mixer_rms_eps) is not None:
-            selected = tuple(F.rms_norm(part, part.shape[-1:], eps=eps) for part in selected)
+            selected = tuple(rms_norm(part, None, eps, self.config.kernels) for part in selected)
         return selected
 
     def reset_parameters(self) -> None:
@@ -215,7 +215,7 @@ class GatedRMSNorm(nn.Module):
         if groups == 1:
             return rms_norm(y, self.weight, config.norm_eps, config.kernels)
         y = y.unflatten(-1, (groups, -1))
-        return F.rms_norm(y, y.shape[-1:], eps=config.norm_eps).flatten(-2) * self.weight
+        return rms_norm(y, None, config.norm_eps, config.kernels).flatten(-2) * self.weight
 
 
 class Mamba2(SelectiveStateSpace):

@@ -17,6 +17,7 @@ from zoo.mixer import RecurrentMixer, Tokens
 from zoo.modeling import Block, ZooModel, heads_of
 from zoo.nn import Linear, rotate_pairs
 from zoo.ops.decay_attention import decay_attention
+from zoo.ops.fused import rms_norm
 
 
 @strict
@@ -65,7 +66,7 @@ class Retention(RecurrentMixer):
     Its state is that matrix and the number of tokens it has seen, which is the angle its next key is turned by.
     """
 
-    ops = ("decay_attention",)
+    ops = ("decay_attention", "rms_norm")
     config_fields = ("num_heads", "value_size")
 
     def __init__(self, config: RetNetConfig, layer_idx: int):
@@ -94,7 +95,7 @@ class Retention(RecurrentMixer):
         y, matrix = decay_attention(
             *(q, k, v, self._log_decay(matrix), matrix, tokens.mask, tokens.segments), kernels=self.config.kernels
         )
-        y = F.rms_norm(y, y.shape[-1:], eps=self.config.norm_eps).flatten(-2)
+        y = rms_norm(y, None, self.config.norm_eps, self.config.kernels).flatten(-2)
         length = x.shape[1] if tokens.mask is None else tokens.mask.sum(dim=1)
         return self.o_proj(F.silu(self.g_proj(x)) * y), (matrix, position + length)
 

@@ -1,9 +1,12 @@
 """What is asked of inputs: those that do not agree are refused where they enter, by name and with both sizes."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLAGS = ("mask", "starts", "real", "refresh", "reset")
 """Names of inputs that say yes or no; all others are numbers."""
@@ -71,4 +74,38 @@ def is_plain_call(tensors: Iterable[Tensor]) -> bool:
     )
 
 
+def is_plain_cpu_call(tensors: Iterable[Tensor | None], *dtypes: torch.dtype) -> bool:
+    """Whether a call is plain, its numbers lie on a CPU in one of the dtypes, and nothing but autograd looks on."""
+    present = [x for x in tensors if x is not None]
+    return (
+        all(x.dtype in dtypes and x.is_cpu for x in present)
+        and is_plain_call(present)
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def once_per_look(check: Callable[..., Any]) -> Callable[..., Any]:
+    """A check that is asked once about all inputs that look alike: tensors of a shape, dtype and device, options.
+
+    In decoding, where every token's inputs look like the last one's, checks would be most of what a token costs. Calls
+    that a compiler or a transform looks at, whose shapes need not be numbers, are checked each time.
+    """
+    found: dict[tuple, Any] = {}
+
+    @functools.wraps(check)
+    def checked(*inputs: Any) -> Any:
+        if not is_plain_call(x for x in inputs if isinstance(x, Tensor)):
+            return check(*inputs)
+        look = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in inputs)
+        if look not in found:
+            if len(found) == _MOST_LOOKS:
+                found.clear()
+            found[look] = check(*inputs)
+        return found[look]
+
+    return checked
+
+
+_MOST_LOOKS = 1000  # sequences may come in any length
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

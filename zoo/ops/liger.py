@@ -1,7 +1,6 @@
 """Fused kernels that are not ours: RMS norm, SwiGLU and cross entropy of Liger-Kernel, on GPUs where it is installed.
 
-https://github.com/linkedin/Liger-Kernel (Hsu et al., 2024, arXiv:2410.10989): `pip install 'sequence-zoo[gpu]'`. A
-compiler fuses the first two itself, so inside `torch.compile` they stay PyTorch's.
+https://github.com/linkedin/Liger-Kernel (Hsu et al., 2024, arXiv:2410.10989): `pip install 'sequence-zoo[gpu]'`.
 """
 
 import functools
@@ -11,13 +10,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from zoo.ops.dispatch import Choice, requested
-
-LIGER_OPS = ("rms_norm", "swiglu")
-"""Those that modules of a model run; the cross entropy belongs to training."""
 
 
 def choose_liger(device: torch.device | str, kernels: str = "auto") -> Choice:
@@ -31,18 +25,14 @@ def choose_liger(device: torch.device | str, kernels: str = "auto") -> Choice:
     return Choice("liger", "installed")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: str = "auto") -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension d of x (... d), weight (d)."""
-    if _goes_to_liger(x, kernels):
-        return _functional().liger_rms_norm(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`zoo.ops.fused.rms_norm` on a GPU."""
+    return _functional().liger_rms_norm(x, weight, eps)
 
 
-def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
-    """silu(gate) * up, both (... d)."""
-    if _goes_to_liger(gate, kernels):
-        return _functional().liger_swiglu(gate, up)
-    return F.silu(gate) * up
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`zoo.ops.fused.swiglu` on a GPU."""
+    return _functional().liger_swiglu(gate, up)
 
 
 def linear_cross_entropy(
@@ -56,12 +46,6 @@ def linear_cross_entropy(
         reduction="sum",
         accum_dtype=torch.float32,
     )
-
-
-def _goes_to_liger(x: Tensor, kernels: str) -> bool:
-    if torch.compiler.is_compiling() or isinstance(x, DTensor):
-        return False
-    return choose_liger(x.device, kernels).backend == "liger"
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,13 +66,11 @@ def call(op: str, function: str, dtype: torch.dtype, *arguments: Tensor | int | 
         ValueError: on a tensor that C++ would misread.
         MemoryError: if the kernel found no memory.
     """
-    suffix = _SUFFIX.get(dtype)
-    if suffix is None:
-        raise ValueError(f"{op}: no C++ kernel for {dtype}")
+    kernel, real = _function(op, function, dtype), dtype.to_real()
     values = []
     for index, x in enumerate(arguments):
         if isinstance(x, Tensor):
-            if x.device.type != "cpu" or not x.is_contiguous() or x.dtype not in (dtype, dtype.to_real(), torch.bool):
+            if not (x.is_cpu and x.is_contiguous() and (x.dtype is dtype or x.dtype in (real, torch.bool))):
                 raise ValueError(
                     f"{op}: argument {index} of {function} is {x.dtype} with strides {x.stride()} on {x.device}; "
                     f"wanted contiguous {dtype} on the CPU"
@@ -81,8 +80,15 @@ def call(op: str, function: str, dtype: torch.dtype, *arguments: Tensor | int | 
             values.append(ctypes.c_double(x))
         else:
             values.append(ctypes.c_void_p(None) if x is None else ctypes.c_int64(x))
-    if getattr(_library(op), f"{function}_{suffix}")(*values, ctypes.c_int64(torch.get_num_threads())) != 0:
+    if kernel(*values, ctypes.c_int64(torch.get_num_threads())) != 0:
         raise MemoryError(f"{op}: no memory for the C++ kernel")
+
+
+@functools.cache
+def _function(op: str, function: str, dtype: torch.dtype) -> Callable[..., int]:
+    if dtype not in _SUFFIX:
+        raise ValueError(f"{op}: no C++ kernel for {dtype}")
+    return getattr(_library(op), f"{function}_{_SUFFIX[dtype]}")
 
 
 @functools.cache

@@ -6,9 +6,10 @@ checkpointing see one node. A backward keeps inputs and, where it wants them, ou
 computes again.
 """
 
+import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from zoo.ops.checks import check_devices, check_dtypes, is_plain_call
+from zoo.ops.checks import check_devices, check_dtypes, is_plain_call, once_per_look
 from zoo.ops.dispatch import choose
 
 
@@ -58,6 +59,7 @@ class Op:
         self._are_required = tuple(parameter.annotation is Tensor for parameter in parameters)
         self._are_states = tuple(name in states for name in self._names)
         self._takes_complex = takes_complex
+        self._examine = once_per_look(self._examine_once)
         if kernels:
             self._operator = self._define(backward_reads_outputs)
 
@@ -70,21 +72,28 @@ class Op:
         Raises:
             ValueError: if the inputs do not agree, or the form asked for cannot run.
         """
-        self._check(*inputs)
+        dtype, is_empty = self._examine(*inputs)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        dtype = compute_dtype(*tensors)
-        backend = self._choose(tensors, dtype, kernels)
+        backend = choose(self.name, self.forms, tensors[0].device, dtype, kernels).backend
         inputs = tuple(
             _convert(x, dtype) if is_state or backend != "triton" else x
             for x, is_state in zip(inputs, self._are_states, strict=True)
         )
-        if backend not in self._torch_forms:
-            _refuse_tangents(self.name, tensors)
-            run = self._operator if _is_watched(tensors) else self._run_kernel
-            return run(*inputs, backend)
-        self._empty_outputs(*inputs)  # checks that they agree
-        with _no_autocast(tensors[0].device.type):  # products of the state stay in the state's precision
-            return self._torch_forms[backend](*inputs)
+        if backend in self._torch_forms:
+            with _no_autocast(tensors[0].device.type):  # products of the state stay in the state's precision
+                return self._torch_forms[backend](*inputs)
+        _refuse_tangents(self.name, tensors)
+        if not is_plain_call(tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            return self._operator(*inputs, backend)
+        # Nobody has to see the call as one node; in decoding the operator would be most of what a token costs.
+        return self._empty_outputs(*inputs) if is_empty else self._run_kernel(backend, inputs)
+
+    def _examine_once(self, *inputs: Any) -> tuple[torch.dtype, bool]:
+        """Refuse inputs that do not agree; the dtype of the state, and whether nothing is to be computed."""
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        self._check(*inputs)
+        check_devices(self.name, tensors)
+        return compute_dtype(*tensors), all(x.numel() == 0 for x in self._empty_outputs(*inputs))
 
     def _check(self, *inputs: Any) -> None:
         """Refuse what a kernel would misread."""
@@ -97,20 +106,11 @@ class Op:
     def form_for(self, *inputs: Any, kernels: str = "auto") -> str:
         """The form that would compute such inputs."""
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        return self._choose(tensors, compute_dtype(*tensors), kernels)
-
-    def _choose(self, tensors: list[Tensor], dtype: torch.dtype, kernels: str) -> str:
         check_devices(self.name, tensors)
-        return choose(self.name, self.forms, tensors[0].device, dtype, kernels).backend
+        return choose(self.name, self.forms, tensors[0].device, compute_dtype(*tensors), kernels).backend
 
-    def _run_kernel(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """The forward of the kernel that the last input names, on inputs that `_check` has passed."""
-        *inputs, backend = inputs
-        outputs = self._empty_outputs(*inputs)
-        if all(x.numel() == 0 for x in outputs):
-            return outputs
-        inputs = (_plain(x) if isinstance(x, Tensor) else x for x in inputs)
-        return _kernel(self.name, backend).forward(*inputs)
+    def _run_kernel(self, backend: str, inputs: Iterable[Any]) -> tuple[Tensor, ...]:
+        return _kernel(self.name, backend).forward(*(_plain(x) if isinstance(x, Tensor) else x for x in inputs))
 
     def _define(self, backward_reads_outputs: bool) -> Callable:
         """Register `zoo::<name>` and `zoo::<name>_backward`, whose last argument is the kernel to run."""
@@ -121,8 +121,10 @@ class Op:
         options = ", ".join([*arguments[1:-1].split(", ")[tensor_count:], "str backend"])
 
         def forward(*inputs):
-            self._check(*inputs[:-1])  # who calls the operator by its name comes straight here
-            return self._run_kernel(*inputs)
+            *inputs, backend = inputs
+            self._check(*inputs)  # who calls the operator by its name comes straight here
+            outputs = self._empty_outputs(*inputs)
+            return outputs if all(x.numel() == 0 for x in outputs) else self._run_kernel(backend, inputs)
 
         def backward(grads, tensors, outputs, *options):
             *options, backend = options
@@ -194,20 +196,15 @@ def _refuse_tangents(op: str, tensors: list[Tensor]) -> None:
         raise ValueError(f"{op}: kernels have no forward-mode derivative; kernels='chunked' has")
 
 
-def _is_watched(tensors: list[Tensor]) -> bool:
-    """Whether someone, autograd included, has to see the call as one node.
-
-    Where nobody does, as in decoding, the operator would be most of what a token costs.
-    """
-    return not is_plain_call(tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-
-
+@functools.cache
 def _kernel(op: str, backend: str) -> Any:
     return importlib.import_module(f"zoo.ops.{op}.{backend}")
 
 
 def _plain(x: Tensor) -> Tensor:
     """The numbers as they lie in memory: contiguous, and without a conjugate or a sign that is still to be taken."""
+    if x.is_contiguous() and not (x.is_conj() or x.is_neg()):
+        return x
     return x.resolve_conj().resolve_neg().contiguous()
 
 

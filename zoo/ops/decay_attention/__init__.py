@@ -17,9 +17,11 @@ Letters: b batch, t tokens, h heads, d key width, e value width.
 import torch
 from torch import Tensor
 
-from zoo.ops.checks import check_dtypes, check_shapes
+from zoo.ops.checks import check_dtypes, check_shapes, is_plain_call, once_per_look
+from zoo.ops.decay_attention import native
 from zoo.ops.decay_attention.chunked import decay_attention_chunked
 from zoo.ops.decay_attention.reference import decay_attention_reference, normalized_decay_attention_reference
+from zoo.ops.dispatch import choose
 from zoo.ops.op import Op, compute_dtype
 from zoo.ops.packing import fill_padding, segment_starts
 
@@ -156,17 +158,18 @@ def normalized_decay_attention(
     q, k, v, log_decay, starts = _prepare(q, k, v, log_decay, mask, segments)
     (log_input,) = fill_padding(mask, -torch.inf, log_input)
     matrix, normalizer, maximum = state
-    shapes = {"q": "b t h d", "k": "b t h d", "v": "b t h e", "log_decay": "b t h", "log_input": "b t h"}
-    shapes |= {"S": "b h d e", "n": "b h d", "m": "b h"}
     tensors = (q, k, v, log_decay, log_input, matrix, normalizer, maximum)
-    named = dict(zip(shapes, tensors, strict=True))
-    check_shapes("normalized_decay_attention", shapes, **named)
-    check_dtypes("normalized_decay_attention", **named)
-    form = OP.form_for(q, k, v, log_decay, matrix, normalizer, kernels=kernels)
-    if form == "reference":
-        dtype = compute_dtype(q, k, v, log_decay, matrix)
-        inputs = (x.to(dtype) for x in (q, k, v, log_decay, log_input, matrix, normalizer, maximum))
-        y, state = normalized_decay_attention_reference(*inputs, starts, floor, eps)
+    dtype = _check_normalized(*tensors)
+    form = choose(OP.name, OP.forms, q.device, dtype, kernels).backend
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    is_step = q.shape[1] == 1 and starts is None and form == "native" and is_plain_call(tensors) and not needs_gradient
+    if form == "reference" or is_step:
+        *inputs, matrix, normalizer, maximum = (x.to(dtype) for x in tensors)
+        state = matrix, normalizer, maximum
+        if is_step:
+            y, state = native.normalized_step(*inputs, state, floor, eps)
+        else:
+            y, state = normalized_decay_attention_reference(*inputs, *state, starts, floor, eps)
         return y.to(v.dtype), state
 
     with torch.no_grad():
@@ -181,6 +184,17 @@ def normalized_decay_attention(
     least = (floor * (-m).exp()).to(q_n.dtype) if floor else torch.zeros_like(q_n)
     y = y / (torch.maximum(q_n.abs(), least) + eps)[..., None]
     return y.to(v.dtype), (matrix, normalizer, m[:, -1].to(maximum.dtype))
+
+
+@once_per_look
+def _check_normalized(*tensors: Tensor) -> torch.dtype:
+    """Raise ValueError where the inputs do not agree; the dtype of the state."""
+    shapes = {"q": "b t h d", "k": "b t h d", "v": "b t h e", "log_decay": "b t h", "log_input": "b t h"}
+    shapes |= {"S": "b h d e", "n": "b h d", "m": "b h"}
+    named = dict(zip(shapes, tensors, strict=True))
+    check_shapes("normalized_decay_attention", shapes, **named)
+    check_dtypes("normalized_decay_attention", **named)
+    return compute_dtype(*tensors)
 
 
 def _prepare(

@@ -454,6 +454,41 @@ void step(const Inputs<T>& in, bool by_channel, T* y, T* end, T* q_n, T* end_nor
   }
 }
 
+// One token of the attention with a normaliser (`normalized_decay_attention`), gates and maximum included. Decoding takes
+// it: as PyTorch operations, what stands around `step` costs more than the step.
+template <typename T>
+void normalized_step(const Inputs<T>& in, const T* log_input, const T* maximum, double floor, double eps, T* y, T* end,
+                     T* end_normalizer, T* end_maximum, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (in.b * in.h * in.d * in.e > 1 << 16)
+  for (int64_t index = 0; index < in.b * in.h; index++) {
+    const T *q = in.q + index * in.d, *k = in.k + index * in.d, *before_n = in.normalizer + index * in.d;
+    const T* __restrict__ v = in.v + index * in.e;
+    T* __restrict__ y_t = y + index * in.e;
+    const T m = std::max(in.log_decay[index] + maximum[index], log_input[index]);
+    const T unit = std::max(m, T(-1e30));  // -inf less -inf is no number
+    const T keep = exponential(in.log_decay[index] + (maximum[index] - unit)), gate = exponential(log_input[index] - unit);
+    std::fill(y_t, y_t + in.e, T(0));
+    T q_n = 0;
+    for (int64_t i = 0; i < in.d; i++) {
+      const T* __restrict__ before = in.state + (index * in.d + i) * in.e;
+      T* __restrict__ after = end + (index * in.d + i) * in.e;
+      const T read = q[i], write = gate * k[i];
+#pragma omp simd
+      for (int64_t j = 0; j < in.e; j++) {
+        after[j] = keep * before[j] + write * v[j];
+        y_t[j] += read * after[j];
+      }
+      const T n = keep * before_n[i] + write;
+      end_normalizer[index * in.d + i] = n;
+      q_n += read * n;
+    }
+    const T least = floor > 0 ? T(floor) * std::exp(-m) : T(0), scale = 1 / (std::max(std::fabs(q_n), least) + T(eps));
+#pragma omp simd
+    for (int64_t j = 0; j < in.e; j++) y_t[j] *= scale;
+    end_maximum[index] = m;
+  }
+}
+
 template <typename T, bool by_channel>
 void forward(const Inputs<T>& in, T* y, T* end, T* q_n, T* end_normalizer, int64_t threads) {
   if (in.t == 1) return step(in, by_channel, y, end, q_n, end_normalizer, threads);
@@ -772,6 +807,13 @@ void backward(const Inputs<T>& in, const Gradients<T>& grad, int64_t threads) {
     const Inputs<T> in{b, t, h, d, e, q, k, v, log_decay, state, bonus, normalizer, starts};                           \
     ZOO_STATUS(by_channel ? forward<T, true>(in, y, end, q_n, end_normalizer, threads)                                 \
                           : forward<T, false>(in, y, end, q_n, end_normalizer, threads))                               \
+  }                                                                                                                    \
+  extern "C" int normalized_step_##suffix(int64_t b, int64_t h, int64_t d, int64_t e, const T* q, const T* k,           \
+                                          const T* v, const T* log_decay, const T* log_input, const T* state,          \
+                                          const T* normalizer, const T* maximum, double floor, double eps, T* y,       \
+                                          T* end, T* end_normalizer, T* end_maximum, int64_t threads) {                \
+    const Inputs<T> in{b, 1, h, d, e, q, k, v, log_decay, state, nullptr, normalizer, nullptr};                        \
+    ZOO_STATUS(normalized_step(in, log_input, maximum, floor, eps, y, end, end_normalizer, end_maximum, threads))      \
   }                                                                                                                    \
   extern "C" int decay_attention_backward_##suffix(                                                                    \
       int64_t b, int64_t t, int64_t h, int64_t d, int64_t e, int64_t by_channel, const T* q, const T* k, const T* v,   \

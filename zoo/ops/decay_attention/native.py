@@ -34,6 +34,17 @@ def backward(grads: list[Tensor], outputs: list[Tensor], *inputs: Tensor | None)
     return *found, None
 
 
+def normalized_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_input: Tensor, state: tuple[Tensor, ...], *options: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """`normalized_decay_attention` of one token, for tensors of one dtype; `options` are its floor and eps."""
+    inputs = [x.contiguous() for x in (q, k, v, log_decay, log_input, *state)]
+    y, end = v.new_empty(v.shape), tuple(x.new_empty(x.shape) for x in state)
+    b, _, h, d = q.shape
+    call("decay_attention", "normalized_step", q.dtype, b, h, d, v.shape[-1], *inputs, *map(float, options), y, *end)
+    return y, end
+
+
 def _sizes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *others: Tensor | None) -> tuple:
     """The sizes b t h d e, whether the decays are vectors, and the inputs."""
     return *q.shape, v.shape[-1], int(log_decay.dim() == 4), q, k, v, log_decay, *others

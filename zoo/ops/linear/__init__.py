@@ -14,17 +14,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from zoo.ops import native
-from zoo.ops.checks import is_plain_call
+from zoo.ops.checks import is_plain_cpu_call
 from zoo.ops.dispatch import Choice, requested
 
 _LEAST_PRODUCT = 2**21
 """Multiplications that make up for oneDNN's preparations."""
 
-_LEAST_ROW = 2**18
+_LEAST_ROW = 2**14
 """Weights that make up for a call of C++."""
 
 
@@ -86,7 +85,7 @@ def _goes_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.numel() * weight.shape[0] >= _LEAST_PRODUCT
         and x.dim() >= 2
-        and _is_plain_float32(x, weight, bias)
+        and is_plain_cpu_call((x, weight, bias), torch.float32)
         and choose_linear(x.device).backend == "onednn"
     )
 
@@ -95,21 +94,10 @@ def _goes_to_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         weight.numel() >= _LEAST_ROW
         and weight.is_contiguous()
-        and _is_plain_float32(x, weight, bias)
+        and is_plain_cpu_call((x, weight, bias), torch.float32)
         and not (torch.is_grad_enabled() and any(y.requires_grad for y in (x, weight, bias) if y is not None))
         and requested() in ("auto", "require", "native")
         and native.obstacle("linear") is None
-    )
-
-
-def _is_plain_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the numbers lie on a CPU in float32, and nothing but autograd looks on."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    return (
-        all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-        and is_plain_call(tensors)
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -1,0 +1,112 @@
+// RMS norm and SwiGLU, forward and backward, each in one pass over memory: PyTorch takes one for every operation.
+//
+// Letters: n rows, d channels.
+#include "native.h"
+
+namespace {
+
+using namespace zoo;
+
+// y = x / sqrt(mean(x^2) + eps) * weight; `inverse` (n) keeps 1 / sqrt(...) for the backward pass.
+template <typename T>
+void rms_norm_forward(int64_t n, int64_t d, const T* x, const T* weight, double eps, T* y, T* inverse,
+                      int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < n; row++) {
+    const T* __restrict__ from = x + row * d;
+    T* __restrict__ to = y + row * d;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < d; i++) sum += from[i] * from[i];
+    const T scale = 1 / std::sqrt(sum / d + T(eps));
+    inverse[row] = scale;
+    if (weight) {
+#pragma omp simd
+      for (int64_t i = 0; i < d; i++) to[i] = from[i] * scale * weight[i];
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < d; i++) to[i] = from[i] * scale;
+    }
+  }
+}
+
+// With u = x * inverse and g = grad * weight: grad_x = inverse (g - u mean(g u)), grad_weight = sum of grad u over rows.
+template <typename T>
+void rms_norm_backward(int64_t n, int64_t d, const T* x, const T* weight, const T* inverse, const T* grad, T* grad_x,
+                       T* grad_weight, int64_t threads) {
+  Scratch<T> partial(threads * d);  // the gradient of the weight from the rows of each thread
+  partial.zero(threads * d);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t part = 0; part < threads; part++) {
+    T* __restrict__ sums = partial + part * d;
+    for (int64_t row = n * part / threads; row < n * (part + 1) / threads; row++) {
+      const T* __restrict__ from = x + row * d;
+      const T* __restrict__ g = grad + row * d;
+      T* __restrict__ to = grad_x + row * d;
+      const T scale = inverse[row];
+      T dot = 0;
+      if (weight) {
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < d; i++) {
+          const T product = g[i] * from[i];
+          sums[i] += product * scale;
+          dot += product * weight[i];
+        }
+        const T back = dot * scale * scale / d;
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) to[i] = scale * (g[i] * weight[i] - from[i] * back);
+      } else {
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < d; i++) dot += g[i] * from[i];
+        const T back = dot * scale * scale / d;
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) to[i] = scale * (g[i] - from[i] * back);
+      }
+    }
+  }
+  for (int64_t i = 0; weight && i < d; i++) {
+    grad_weight[i] = 0;
+    for (int64_t part = 0; part < threads; part++) grad_weight[i] += partial[part * d + i];
+  }
+}
+
+// y = gate sigmoid(gate) up
+template <typename T>
+void swiglu_forward(int64_t n, const T* __restrict__ gate, const T* __restrict__ up, T* __restrict__ y,
+                    int64_t threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n; i++) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+}
+
+template <typename T>
+void swiglu_backward(int64_t n, const T* __restrict__ gate, const T* __restrict__ up, const T* __restrict__ grad,
+                     T* __restrict__ grad_gate, T* __restrict__ grad_up, int64_t threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n; i++) {
+    const T s = sigmoid(gate[i]), silu = gate[i] * s;
+    grad_up[i] = grad[i] * silu;
+    grad_gate[i] = grad[i] * up[i] * (s + silu * (1 - s));
+  }
+}
+
+}  // namespace
+
+#define EXPORT(suffix, T)                                                                                             \
+  extern "C" int rms_norm_forward_##suffix(int64_t n, int64_t d, const T* x, const T* weight, double eps, T* y,       \
+                                           T* inverse, int64_t threads) {                                             \
+    ZOO_STATUS(rms_norm_forward<T>(n, d, x, weight, eps, y, inverse, threads))                                        \
+  }                                                                                                                   \
+  extern "C" int rms_norm_backward_##suffix(int64_t n, int64_t d, const T* x, const T* weight, const T* inverse,      \
+                                            const T* grad, T* grad_x, T* grad_weight, int64_t threads) {              \
+    ZOO_STATUS(rms_norm_backward<T>(n, d, x, weight, inverse, grad, grad_x, grad_weight, threads))                    \
+  }                                                                                                                   \
+  extern "C" int swiglu_forward_##suffix(int64_t n, const T* gate, const T* up, T* y, int64_t threads) {              \
+    ZOO_STATUS(swiglu_forward<T>(n, gate, up, y, threads))                                                            \
+  }                                                                                                                   \
+  extern "C" int swiglu_backward_##suffix(int64_t n, const T* gate, const T* up, const T* grad, T* grad_gate,         \
+                                          T* grad_up, int64_t threads) {                                              \
+    ZOO_STATUS(swiglu_backward<T>(n, gate, up, grad, grad_gate, grad_up, threads))                                    \
+  }
+
+EXPORT(f32, float)
+EXPORT(f64, double)

@@ -43,7 +43,7 @@ OP = Op(
     reference=lse_scan_reference,
     chunked=lse_scan_chunked,
     states=("num", "den", "maximum"),
-    kernels=("triton",),
+    kernels=("native", "triton"),
 )
 
 
@@ -87,6 +87,4 @@ def lse_scan(
     starts = segment_starts(segments, mask, k)
     maximum = maximum.detach().clamp(min=EMPTY)
     y, num, den, maximum = OP(k, v, log_decay, num, den, maximum, bonus, starts, kernels=kernels)
-    total = torch.where(den > 0, den, 1.0).detach()
-    state = num / total, den / total, maximum.detach() + total.log()
-    return *fill_padding(mask, 0.0, y), state
+    return *fill_padding(mask, 0.0, y), (num, den, maximum.detach())

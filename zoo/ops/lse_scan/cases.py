@@ -30,8 +30,8 @@ def _decay(draw: Draw, t: int) -> Inputs:
 
 
 def _bonus(draw: Draw, t: int) -> Inputs:
-    """As in RWKV-4: a decay and a bonus of each channel."""
-    d = draw.size(37)
+    """As in RWKV-4: a decay and a bonus of each channel. They are more than a thread takes at a time."""
+    d = draw.size(137)
     return {
         "k": 20 * draw.normal(3, t, d),
         "v": draw.normal(3, t, d),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.ops.linear_scan.chunked import linear_scan_chunked
-from zoo.ops.lse_scan.reference import EMPTY, add, average, forget, lse_scan_reference
+from zoo.ops.lse_scan.reference import EMPTY, add, average, forget, lse_scan_reference, normalise
 
 
 def lse_scan_chunked(
@@ -45,7 +45,7 @@ def lse_scan_chunked(
         if starts is not None:
             before = forget(before, starts[..., None])
         y = average(add(before, 0.0, bonus + k, v))
-    return y, num_end, den_end, maxima[:, -1]
+    return y, *normalise((num_end, den_end, maxima[:, -1]))
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def lse_scan_reference(
         else:
             outputs.append(average(add(state, 0.0, bonus + k_t, v_t)))
             state = add(state, decay_t, k_t, v_t)
-    return torch.stack(outputs, dim=1), *state
+    return torch.stack(outputs, dim=1), *normalise(state)
 
 
 def add(state: State, log_decay: Tensor | float, k: Tensor, v: Tensor) -> State:
@@ -54,3 +54,15 @@ def average(state: State) -> Tensor:
 def forget(state: State, where: Tensor) -> State:
     num, den, maximum = state
     return num.masked_fill(where, 0.0), den.masked_fill(where, 0.0), maximum.masked_fill(where, EMPTY)
+
+
+def normalise(state: State) -> State:
+    """The same state with den = 1, or 0 where nothing has been seen: what a sequence ends with, however it was cut."""
+    num, den, maximum = state
+    total = total_of(den)
+    return num / total, den / total, maximum.detach() + total.log()
+
+
+def total_of(den: Tensor) -> Tensor:
+    """What `normalise` divides by: a gauge, without a gradient."""
+    return torch.where(den > 0, den, 1.0).detach()

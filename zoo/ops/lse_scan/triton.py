@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.gpu import launch
-from zoo.ops.lse_scan.reference import EMPTY
+from zoo.ops.lse_scan.reference import EMPTY, add, normalise, total_of
 from zoo.ops.tiles import load_float32
 
 BLOCK, WARPS = 64, 1
@@ -31,7 +31,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, ends = num.new_empty(v.shape), [torch.empty_like(num) for _ in range(3)]
     _walk_forward(k, v, log_decay, num, den, maximum, bonus, starts, y, *ends, None, None, None)
-    return y, *ends
+    return y, *normalise(ends)
 
 
 def backward(
@@ -48,15 +48,18 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     before = [num.new_empty(v.shape) for _ in range(3)]
     _walk_forward(k, v, log_decay, num, den, maximum, bonus, starts, None, None, None, None, *before)
-    grad_k, grad_v, grad_num, grad_den = (torch.empty_like(x) for x in (k, v, num, den))
     timed = log_decay.dim() == 3
+    last = [x[:, -1] for x in before]
+    _, den_end, _ = add(last, log_decay[:, -1] if timed else log_decay, k[:, -1], v[:, -1])
+    ends = (grad / total_of(den_end) for grad in grads[1:3])
+    grad_k, grad_v, grad_num, grad_den = (torch.empty_like(x) for x in (k, v, num, den))
     grad_decay = torch.empty_like(log_decay) if timed else torch.empty_like(num)
     grad_bonus = None if bonus is None else torch.empty_like(num)
     rows, t, d = k.shape
     launch(
         _backward,
         (rows, triton.cdiv(d, BLOCK)),
-        *(k, v, log_decay, *before, bonus, starts, *grads[:3]),
+        *(k, v, log_decay, *before, bonus, starts, grads[0], *ends),
         *(grad_k, grad_v, grad_decay, grad_num, grad_den, grad_bonus, t, d),
         warps=WARPS,
         TIMED=timed,

@@ -179,10 +179,10 @@ def test_models_agree_and_rows_are_whole(name, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(models.COLUMNS)
     assert [(row["pass"], row["contender"]) for row in rows] == [
-        (which, contender) for which in (models.TRAINING, models.DECODING) for contender in ("zoo", "transformers")
+        (which, contender) for which in pair.passes for contender in ("zoo", pair.other)
     ]
     for row in rows:
         assert float(row["tokens_per_second"]) > 0
-        assert float(row["difference"]) < 1e-3
+        assert float(row["difference"]) < 1e-3 if pair.computes_the_same else row["difference"] == ""
         assert bool(row["target"]) == bool(row["met"])
     assert name in capsys.readouterr().out

@@ -122,7 +122,7 @@ class Retention(RecurrentMixer):
 
 class RetNetBlock(Block):
     def reset_parameters(self) -> None:
-        for proj in self.channel_mixer.children():
+        for proj in self.channel_mixer.children() if self.channel_mixer is not None else ():
             if isinstance(proj, nn.Linear):
                 init.kaiming_uniform_(proj.weight, a=math.sqrt(5))
 

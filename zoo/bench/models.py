@@ -1,4 +1,8 @@
-"""Whole models beside transformers' classes of the same architecture and weights: `zoo bench models`."""
+"""Whole models beside other code: `zoo bench models`.
+
+Most are measured beside transformers' class of the same architecture with the same weights, which has to compute the
+same. A model with a memory that goes around a backbone is measured beside the plain backbone.
+"""
 
 import copy
 import os
@@ -41,7 +45,8 @@ from zoo.bench.workloads.decay_attention import transformers_xlstm
 from zoo.convert import import_checkpoint
 
 COLUMNS = (
-    *("model", "parameters", "pass", "contender", "milliseconds", "tokens_per_second", "ratio_to_transformers"),
+    *("model", "parameters", "pass", "contender", "milliseconds", "tokens_per_second"),
+    "ratio",  # how many times as fast as the other contender the zoo's model is
     "of_matmul_peak",  # 6 operations a parameter and token, of what one core multiplies at most
     "of_read_bandwidth",  # the weights once a token, of what one core reads at most
     *("speedup_2_threads", "peak_megabytes"),
@@ -51,28 +56,62 @@ COLUMNS = (
 
 TRAINING, DECODING = "training step", "decoding"
 
+Models = tuple[PreTrainedModel, PreTrainedModel]
+"""The zoo's and the other one."""
+
 _ROWS, _LENGTH = 2, 512  # of a training batch
 _PROMPT, _NEW = 16, 64  # tokens of one sequence
 _VOCABULARY = 8192
 _BUDGET = 15.0  # seconds that a model gets for its rounds
 
 
+def make_models(config: PreTrainedConfig) -> Models:
+    """Transformers' model of a configuration, with random weights, and the zoo's with the same."""
+    return import_weights(AutoModelForCausalLM.from_config(config))
+
+
+def import_weights(theirs: PreTrainedModel) -> Models:
+    """The zoo's model of transformers' one, whose weights are disturbed, so that none of them is 0 or 1."""
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            ours, _ = import_checkpoint(folder)
+            ours = copy.deepcopy(ours)  # out of the files
+    finally:
+        if progress:
+            logging.enable_progress_bar()
+    return ours, theirs
+
+
 @dataclass(frozen=True)
 class Pair:
-    """An architecture at about 25 million parameters.
+    """An architecture at about 25 million parameters, and what it is measured beside.
 
     Args:
         name: of the architecture.
-        config: transformers' configuration, from which both models are made.
-        training, decoding: how many times as fast as transformers' class the zoo's has to be; None: no target.
-        make: transformers' model of it.
+        config: the configuration that both models are made from.
+        training, decoding: how many times as fast as the other the zoo's has to be; None: no target.
+        other: the name of the other.
+        make: from the configuration, the zoo's model and the other.
+        computes_the_same: whether losses, gradients and tokens have to agree.
+        passes: which are measured.
+        piece: tokens of a sequence that the other trains on, where a batch is cut into shorter ones for it.
     """
 
     name: str
     config: Callable[[], PreTrainedConfig]
     training: float | None = None
     decoding: float | None = None
-    make: Callable[[PreTrainedConfig], PreTrainedModel] = AutoModelForCausalLM.from_config
+    other: str = "transformers"
+    make: Callable[[PreTrainedConfig], Models] = make_models
+    computes_the_same: bool = True
+    passes: tuple[str, ...] = (TRAINING, DECODING)
+    piece: int | None = None
 
 
 def _mamba2() -> Mamba2Config:
@@ -118,15 +157,18 @@ PAIRS = (
     Pair("mamba", lambda: MambaConfig(vocab_size=_VOCABULARY, hidden_size=512, num_hidden_layers=12), 6, 1.5),
     Pair("mamba2", _mamba2, 3, 1.5),
     Pair("rwkv4", lambda: RwkvConfig(vocab_size=_VOCABULARY, hidden_size=512, num_hidden_layers=6), 5, 1.5),
-    Pair("xlstm", _xlstm, 3, 1.5, lambda config: transformers_xlstm().xLSTMForCausalLM(config)),
+    Pair(
+        *("xlstm", _xlstm, 3, 1.5),
+        make=lambda config: import_weights(transformers_xlstm().xLSTMForCausalLM(config)),
+    ),
 )
 
 
 class TrainingStep:
     """A step of training as a user runs it: loss, gradients, AdamW."""
 
-    def __init__(self, name: str, model: PreTrainedModel, tokens: Tensor):
-        self.name, self._model, self._tokens = name, model.train(), tokens
+    def __init__(self, name: str, model: PreTrainedModel, tokens: Tensor, is_compared: bool):
+        self.name, self._model, self._tokens, self._is_compared = name, model.train(), tokens, is_compared
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def __call__(self) -> Tensor:
@@ -139,14 +181,15 @@ class TrainingStep:
         return torch.stack([loss.detach(), norm])
 
     def as_op(self, result: Tensor) -> list[Tensor]:
-        return list(result)
+        return list(result) if self._is_compared else []
 
 
 class Decoding:
     """`generate` as a user calls it: greedy, one sequence."""
 
-    def __init__(self, name: str, model: PreTrainedModel, tokens: Tensor):
-        self.name, self._model, self._tokens = name, model.eval(), tokens[:1, :_PROMPT]
+    def __init__(self, name: str, model: PreTrainedModel, tokens: Tensor, is_compared: bool):
+        self.name, self._model, self._is_compared = name, model.eval(), is_compared
+        self._tokens = tokens[:1, :_PROMPT]
 
     def __call__(self) -> Tensor:
         """The continued sequence."""
@@ -154,11 +197,11 @@ class Decoding:
         return self._model.generate(self._tokens, attention_mask=torch.ones_like(self._tokens), **options)
 
     def as_op(self, result: Tensor) -> list[Tensor]:
-        return [result.double()]
+        return [result.double()] if self._is_compared else []
 
 
 def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | None = None) -> None:
-    """Time a training step and greedy decoding of the zoo's models and of transformers', and print a table.
+    """Time a training step and greedy decoding of the zoo's models and of others, and print a table.
 
     Args:
         names: of `PAIRS`; all, where there is none.
@@ -180,7 +223,7 @@ def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | Non
     try:
         for pair in (bar := tqdm(pairs, unit="model", leave=False)):
             bar.set_description(pair.name)
-            for which in (TRAINING, DECODING):
+            for which in pair.passes:
                 rows += _measure(pair, which, repeats, source)
                 if output:
                     measured = {row["model"] for row in rows}
@@ -193,49 +236,31 @@ def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | Non
 
 
 def _measure(pair: Pair, which: str, repeats: int, source: Row) -> list[Row]:
-    ours, theirs = make_models(pair)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, ours.config.vocab_size, (_ROWS, _LENGTH), generator=generator)
-    trial = {TRAINING: TrainingStep, DECODING: Decoding}[which]
-    trials = [trial("zoo", ours, tokens), trial("transformers", theirs, tokens)]
-    measurements = cpu.measure(trials, repeats, peak_memory=which == TRAINING, budget=_BUDGET)
-    return _make_rows(pair, which, ours, measurements, source)
-
-
-def make_models(pair: Pair) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The zoo's model and transformers', with the same weights, drawn at random."""
     torch.manual_seed(0)
-    theirs = pair.make(pair.config())
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            theirs.save_pretrained(folder)
-            ours, _ = import_checkpoint(folder)
-            ours = copy.deepcopy(ours)  # out of the files
-    finally:
-        if progress:
-            logging.enable_progress_bar()
-    return ours, theirs
+    ours, others = pair.make(pair.config())
+    tokens = torch.randint(1, ours.config.vocab_size, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
+    trial = {TRAINING: TrainingStep, DECODING: Decoding}[which]
+    pieces = tokens.unflatten(1, (-1, pair.piece)).flatten(0, 1) if pair.piece and which == TRAINING else tokens
+    trials = [
+        trial("zoo", ours, tokens, pair.computes_the_same),
+        trial(pair.other, others, pieces, pair.computes_the_same),
+    ]
+    measurements = cpu.measure(trials, repeats, peak_memory=which == TRAINING, budget=_BUDGET)
+    return _make_rows(pair, which, (ours, others), measurements, source)
 
 
-def _make_rows(
-    pair: Pair, which: str, model: PreTrainedModel, measurements: list[Measurement], source: Row
-) -> list[Row]:
-    parameters = model.num_parameters()
-    seconds = {x.contender: x.seconds for x in measurements if x.seconds is not None}
+def _make_rows(pair: Pair, which: str, models: Models, measurements: list[Measurement], source: Row) -> list[Row]:
+    seconds = [x.seconds for x in measurements]
     target = {TRAINING: pair.training, DECODING: pair.decoding}[which]
     rows = []
-    for x in measurements:
-        own = {"ratio_to_transformers": target} if x is measurements[0] and target is not None else {}
+    for x, model in zip(measurements, models, strict=True):
+        own = {"ratio": target} if x is measurements[0] and target is not None else {}
         figures = {"speedup_2_threads": x.speedup_2_threads, "peak_megabytes": x.peak_megabytes}
+        parameters = model.num_parameters()
         if x.seconds is not None:
             figures |= _figures(which, x.seconds, parameters, model.dtype.itemsize)
-            if x is measurements[0] and len(seconds) > 1:
-                figures["ratio_to_transformers"] = seconds["transformers"] / x.seconds
+            if x is measurements[0] and None not in seconds:
+                figures["ratio"] = seconds[1] / seconds[0]
         rows.append(
             {
                 "model": pair.name,
@@ -243,7 +268,7 @@ def _make_rows(
                 "pass": which,
                 "contender": x.contender,
                 **{column: short(figure) for column, figure in figures.items() if figure is not None},
-                "difference": f"{x.difference:.0e}",
+                "difference": f"{x.difference:.0e}" if pair.computes_the_same else "",
                 "target": describe_targets(own),
                 "met": verdict(own, figures),
                 "repeats": x.repeats,

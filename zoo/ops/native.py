@@ -75,12 +75,11 @@ def call(op: str, function: str, dtype: torch.dtype, *arguments: Tensor | int | 
                     f"{op}: argument {index} of {function} is {x.dtype} with strides {x.stride()} on {x.device}; "
                     f"wanted contiguous {dtype} on the CPU"
                 )
-            values.append(ctypes.c_void_p(x.data_ptr()))
-        elif isinstance(x, float):
-            values.append(ctypes.c_double(x))
-        else:
-            values.append(ctypes.c_void_p(None) if x is None else ctypes.c_int64(x))
-    if kernel(*values, ctypes.c_int64(torch.get_num_threads())) != 0:
+            x = x.data_ptr()
+        values.append(x)
+    if kernel.argtypes is None:  # integers are as wide as pointers
+        kernel.argtypes = [ctypes.c_double if isinstance(x, float) else ctypes.c_void_p for x in (*values, 1)]
+    if kernel(*values, torch.get_num_threads()) != 0:
         raise MemoryError(f"{op}: no memory for the C++ kernel")
 
 

@@ -1,4 +1,6 @@
-"""RMS norm and SwiGLU in C++: the numbers and gradients of PyTorch's, and PyTorch's wherever C++ cannot be called."""
+"""Norm and gates in C++: the numbers and gradients of PyTorch's, and PyTorch's wherever C++ cannot be called."""
+
+import math
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 import zoo
 from zoo.ops import native
 from zoo.ops.dispatch import use_backend
-from zoo.ops.fused import choose_fused, rms_norm, swiglu
+from zoo.ops.fused import choose_fused, geglu, rms_norm, swiglu
 
 EPS = 1e-3
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -60,13 +62,20 @@ def test_rms_norm(shape, dtype, calls):
     assert calls.count("rms_norm_backward") == 2
 
 
+def plain_geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate / 2 * (1 + ((2 / math.pi) ** 0.5 * (gate + 0.044715 * gate**3)).tanh()) * up
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
-def test_swiglu(dtype, calls):
+@pytest.mark.parametrize("kind", [(swiglu, plain_swiglu, F.silu), (geglu, plain_geglu, F.gelu)], ids=["silu", "gelu"])
+def test_gates(kind, dtype, calls):
+    function, plain, activation = kind
     gate = 8 * torch.randn(3, 41, 100, dtype=torch.float64)
-    assert_equal(swiglu, plain_swiglu, [gate, torch.randn_like(gate)], dtype)
-    assert calls == ["swiglu_forward", "swiglu_backward", "swiglu_forward"]
+    assert_equal(function, plain, [gate, torch.randn_like(gate)], dtype)
+    name = function.__name__
+    assert calls == [f"{name}_forward", f"{name}_backward", f"{name}_forward"]
     extreme = torch.tensor([0.0, 1e4, -1e4, torch.inf, torch.nan]).repeat(1000)
-    assert torch.equal(swiglu(extreme, torch.ones_like(extreme)).isfinite(), F.silu(extreme).isfinite())
+    assert torch.equal(function(extreme, torch.ones_like(extreme)).isfinite(), activation(extreme).isfinite())
 
 
 def test_any_strides():

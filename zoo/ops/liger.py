@@ -1,4 +1,4 @@
-"""Fused kernels that are not ours: RMS norm, SwiGLU and cross entropy of Liger-Kernel, on GPUs where it is installed.
+"""Fused kernels that are not ours: norm, gates and cross entropy of Liger-Kernel, on GPUs where it is installed.
 
 https://github.com/linkedin/Liger-Kernel (Hsu et al., 2024, arXiv:2410.10989): `pip install 'sequence-zoo[gpu]'`.
 """
@@ -30,9 +30,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _functional().liger_rms_norm(x, weight, eps)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`zoo.ops.fused.swiglu` on a GPU."""
-    return _functional().liger_swiglu(gate, up)
+def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """`zoo.ops.fused.swiglu` or `geglu`, by name, on a GPU."""
+    return getattr(_functional(), f"liger_{name}")(gate, up)
 
 
 def linear_cross_entropy(

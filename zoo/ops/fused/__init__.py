@@ -1,9 +1,10 @@
-"""RMS norm and SwiGLU as one kernel each: in C++ (`native.cpp`) on CPUs, of Liger-Kernel on GPUs that have it.
+"""RMS norm, SwiGLU and GeGLU as one kernel each: in C++ (`native.cpp`) on CPUs, of Liger-Kernel on GPUs that have it.
 
 PyTorch passes over memory for each of their operations. A compiler fuses them by itself: inside `torch.compile`
 they stay PyTorch's, as they do for tensors that a transform or a tracer looks at.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,13 +16,13 @@ from zoo.ops import liger, native
 from zoo.ops.checks import is_plain_cpu_call
 from zoo.ops.dispatch import Choice, requested
 
-FUSED = ("rms_norm", "swiglu")
+FUSED = ("rms_norm", "swiglu", "geglu")
 """What modules of a model name in their `ops`."""
 
 _DTYPES = (torch.float32, torch.float64)
 
 _LEAST_GATES = 2**12
-"""Elements of SwiGLU that make up for a call of C++."""
+"""Elements of a gate that make up for a call of C++."""
 
 
 def choose_fused(device: torch.device | str, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> Choice:
@@ -50,11 +51,23 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, kernels: str = "auto"
 
 def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
     """silu(gate) * up, both (... d)."""
+    return _gated("swiglu", gate, up, kernels)
+
+
+def geglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
+    """gelu(gate) * up, both (... d), with the tanh form of GELU."""
+    return _gated("geglu", gate, up, kernels)
+
+
+_ACTIVATIONS = {"swiglu": F.silu, "geglu": functools.partial(F.gelu, approximate="tanh")}
+
+
+def _gated(name: str, gate: Tensor, up: Tensor, kernels: str) -> Tensor:
     if gate.numel() >= _LEAST_GATES and gate.shape == up.shape and _goes_to_native((gate, up), kernels):
-        return _SwiGLU.apply(gate, up)
+        return _Gated.apply(name, gate, up)
     if _goes_to_liger(gate, kernels):
-        return liger.swiglu(gate, up)
-    return F.silu(gate) * up
+        return liger.gated(name, gate, up)
+    return _ACTIVATIONS[name](gate) * up
 
 
 def _goes_to_native(tensors: tuple[Tensor | None, ...], kernels: str) -> bool:
@@ -100,23 +113,25 @@ class _RMSNorm(torch.autograd.Function):
         return *found, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, name: str, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
+        ctx.name = name
         y = torch.empty_like(gate)
-        native.call("fused", "swiglu_forward", gate.dtype, gate.numel(), gate, up, y)
+        native.call("fused", f"{name}_forward", gate.dtype, gate.numel(), gate, up, y)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable(lambda gate, up: F.silu(gate) * up, (gate, up), grad)
+            activation = _ACTIVATIONS[ctx.name]
+            return None, *_differentiable(lambda gate, up: activation(gate) * up, (gate, up), grad)
         found = torch.empty_like(gate), torch.empty_like(up)
-        native.call("fused", "swiglu_backward", gate.dtype, gate.numel(), gate, up, grad.contiguous(), *found)
-        return found
+        native.call("fused", f"{ctx.name}_backward", gate.dtype, gate.numel(), gate, up, grad.contiguous(), *found)
+        return None, *found
 
 
 def _differentiable(

@@ -1,4 +1,4 @@
-// RMS norm and SwiGLU, forward and backward, each in one pass over memory: PyTorch takes one for every operation.
+// RMS norm, SwiGLU and GeGLU, forward and backward, each in one pass over memory: PyTorch takes one for every operation.
 //
 // Letters: n rows, d channels.
 #include "native.h"
@@ -70,22 +70,47 @@ void rms_norm_backward(int64_t n, int64_t d, const T* x, const T* weight, const 
   }
 }
 
-// y = gate sigmoid(gate) up
-template <typename T>
-void swiglu_forward(int64_t n, const T* __restrict__ gate, const T* __restrict__ up, T* __restrict__ y,
-                    int64_t threads) {
+// The activations of a gate, with their derivatives.
+
+struct SiLU {
+  template <typename T>
+  static T value(T x) { return x * sigmoid(x); }
+  template <typename T>
+  static T slope(T x) {
+    const T s = sigmoid(x);
+    return s + x * s * (1 - s);
+  }
+};
+
+// GELU with tanh: x (1 + tanh(a (x + b x^3))) / 2, which is x sigmoid(2 a (x + b x^3)); a = sqrt(2 / pi), b = 0.044715.
+struct TanhGELU {
+  template <typename T>
+  static T value(T x) { return x * sigmoid(inner(x)); }
+  template <typename T>
+  static T slope(T x) {
+    const T s = sigmoid(inner(x));
+    return s + x * s * (1 - s) * T(1.5957691216057308) * (1 + T(0.134145) * x * x);
+  }
+
+ private:
+  template <typename T>
+  static T inner(T x) { return T(1.5957691216057308) * (x + T(0.044715) * x * x * x); }
+};
+
+// y = activation(gate) up
+template <typename Activation, typename T>
+void gate_forward(int64_t n, const T* __restrict__ gate, const T* __restrict__ up, T* __restrict__ y, int64_t threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < n; i++) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+  for (int64_t i = 0; i < n; i++) y[i] = Activation::value(gate[i]) * up[i];
 }
 
-template <typename T>
-void swiglu_backward(int64_t n, const T* __restrict__ gate, const T* __restrict__ up, const T* __restrict__ grad,
-                     T* __restrict__ grad_gate, T* __restrict__ grad_up, int64_t threads) {
+template <typename Activation, typename T>
+void gate_backward(int64_t n, const T* __restrict__ gate, const T* __restrict__ up, const T* __restrict__ grad,
+                   T* __restrict__ grad_gate, T* __restrict__ grad_up, int64_t threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
   for (int64_t i = 0; i < n; i++) {
-    const T s = sigmoid(gate[i]), silu = gate[i] * s;
-    grad_up[i] = grad[i] * silu;
-    grad_gate[i] = grad[i] * up[i] * (s + silu * (1 - s));
+    grad_up[i] = grad[i] * Activation::value(gate[i]);
+    grad_gate[i] = grad[i] * up[i] * Activation::slope(gate[i]);
   }
 }
 
@@ -99,14 +124,20 @@ void swiglu_backward(int64_t n, const T* __restrict__ gate, const T* __restrict_
   extern "C" int rms_norm_backward_##suffix(int64_t n, int64_t d, const T* x, const T* weight, const T* inverse,      \
                                             const T* grad, T* grad_x, T* grad_weight, int64_t threads) {              \
     ZOO_STATUS(rms_norm_backward<T>(n, d, x, weight, inverse, grad, grad_x, grad_weight, threads))                    \
+  }
+
+#define EXPORT_GATE(name, Activation, suffix, T)                                                                      \
+  extern "C" int name##_forward_##suffix(int64_t n, const T* gate, const T* up, T* y, int64_t threads) {              \
+    ZOO_STATUS(gate_forward<Activation>(n, gate, up, y, threads))                                                     \
   }                                                                                                                   \
-  extern "C" int swiglu_forward_##suffix(int64_t n, const T* gate, const T* up, T* y, int64_t threads) {              \
-    ZOO_STATUS(swiglu_forward<T>(n, gate, up, y, threads))                                                            \
-  }                                                                                                                   \
-  extern "C" int swiglu_backward_##suffix(int64_t n, const T* gate, const T* up, const T* grad, T* grad_gate,         \
+  extern "C" int name##_backward_##suffix(int64_t n, const T* gate, const T* up, const T* grad, T* grad_gate,         \
                                           T* grad_up, int64_t threads) {                                              \
-    ZOO_STATUS(swiglu_backward<T>(n, gate, up, grad, grad_gate, grad_up, threads))                                    \
+    ZOO_STATUS(gate_backward<Activation>(n, gate, up, grad, grad_gate, grad_up, threads))                             \
   }
 
 EXPORT(f32, float)
 EXPORT(f64, double)
+EXPORT_GATE(swiglu, SiLU, f32, float)
+EXPORT_GATE(swiglu, SiLU, f64, double)
+EXPORT_GATE(geglu, TanhGELU, f32, float)
+EXPORT_GATE(geglu, TanhGELU, f64, double)

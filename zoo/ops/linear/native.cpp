@@ -1,7 +1,7 @@
 // y = W x + bias for one row x: what a linear layer does for a single token.
 //
-// Each weight is read once and used once, so memory is all that counts: four rows of the matrix at a time, while the next
-// four are asked for.
+// Each weight is read once and used once, so memory is all that counts: the matrix is one stream, read row after row, and
+// asked for two pages ahead, as no processor does by itself.
 //
 // Letters: d inputs, e outputs.
 #include "native.h"
@@ -10,42 +10,35 @@ namespace {
 
 using namespace zoo;
 
-constexpr int64_t kRows = 4;
+constexpr int64_t kParts = 4;     // sums that do not wait for each other
+constexpr int64_t kAhead = 8192;  // bytes
 
-// sums of `rows` rows of W from `w` on, times x
-template <int rows, typename T>
-inline void dot_rows(int64_t d, const T* __restrict__ x, const T* __restrict__ w, T* sums) {
+// the sum of a row of W, at w, times x
+template <typename T>
+inline T dot_row(int64_t d, const T* __restrict__ x, const T* __restrict__ w) {
   using V = Vector<T>;
-  constexpr int64_t lanes = kLanes<T>;
-  V parts[rows] = {};
+  constexpr int64_t lanes = kLanes<T>, block = kParts * lanes;
+  V parts[kParts] = {};
   int64_t j = 0;
-  for (; j + lanes <= d; j += lanes) {
-    const V right = *(const V*)(x + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-      parts[r] += *(const V*)(w + r * d + j) * right;
-      __builtin_prefetch(w + (r + rows) * d + j);
+  for (; j + block <= d; j += block) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kParts; p++) {
+      __builtin_prefetch(w + j + p * lanes + kAhead / (int64_t)sizeof(T));
+      parts[p] += *(const V*)(w + j + p * lanes) * *(const V*)(x + j + p * lanes);
     }
   }
-  for (int r = 0; r < rows; r++) {
-    sums[r] = sum_lanes<T>(parts[r]);
-    for (int64_t i = j; i < d; i++) sums[r] += w[r * d + i] * x[i];
-  }
+  V all = parts[0];
+  for (int p = 1; p < kParts; p++) all += parts[p];
+  for (; j + lanes <= d; j += lanes) all += *(const V*)(w + j) * *(const V*)(x + j);
+  T sum = sum_lanes<T>(all);
+  for (; j < d; j++) sum += w[j] * x[j];
+  return sum;
 }
 
 template <typename T>
 void multiply_row(int64_t e, int64_t d, const T* x, const T* weight, const T* bias, T* y, int64_t threads) {
-  const int64_t groups = (e + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t group = 0; group < groups; group++) {
-    const int64_t first = group * kRows;
-    if (first + kRows <= e) {
-      dot_rows<kRows>(d, x, weight + first * d, y + first);
-    } else {
-      for (int64_t i = first; i < e; i++) dot_rows<1>(d, x, weight + i * d, y + i);
-    }
-    for (int64_t i = first; bias && i < std::min(first + kRows, e); i++) y[i] += bias[i];
-  }
+  for (int64_t i = 0; i < e; i++) y[i] = dot_row(d, x, weight + i * d) + (bias ? bias[i] : T(0));
 }
 
 }  // namespace

@@ -443,7 +443,7 @@ def test_autocast(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     for keeper, layer in zip(model.model.keepers(), out.past_key_values.layers, strict=True):
         if isinstance(layer, RecurrentStateLayer):
-            declared = keeper.state_shapes(model.config, keeper.layer_idx).values()
+            declared = keeper.state_shapes(keeper.config, keeper.layer_idx).values()
             assert all(s.dtype == d for s, (_, d) in zip(layer.states, declared, strict=True) if d is not None)
 
 
@@ -559,8 +559,8 @@ def test_model_on_meta_is_initialised_like_any(name):
     torch.manual_seed(0)
     model.init_weights()
     for key, value in model.state_dict().items():
-        deviation = expected.state_dict()[key].std()
-        assert abs(value.std() - deviation) <= 4 * deviation / value.numel() ** 0.5 + 1e-6, key
+        deviation = expected.state_dict()[key].std(correction=0)
+        assert abs(value.std(correction=0) - deviation) <= 4 * deviation / value.numel() ** 0.5 + 1e-6, key
 
 
 @promise
@@ -588,7 +588,8 @@ def test_state_file_of_another_model_is_refused(name, tmp_path):
     zoo.save_state(model(ids(1, 5), use_cache=True).past_key_values, path)
     smaller = AutoModelForCausalLM.from_config(smaller_config(name))
     held, wanted = len(model.config.layer_types), len(smaller.config.layer_types)
-    with pytest.raises(ValueError, match=f"{held} layers, the model has {wanted}"):
+    reason = f"{held} layers, the model has {wanted}" if held != wanted else "does not fit layer 0"
+    with pytest.raises(ValueError, match=reason):
         zoo.load_state(path, smaller)
     wider = zoo.create_model(name, hidden_size=2 * model.config.hidden_size)
     with pytest.raises(ValueError, match="does not fit layer 0"):
@@ -747,7 +748,9 @@ def test_compiled_decoding(name):
 def test_a_cache_of_another_kind_is_refused(name):
     model = make(name)
     other = smaller_config(name)
-    caches = [DynamicCache(config=other), StaticCache(config=other, max_cache_len=9)]
+    caches = []
+    if other.layer_types != model.config.layer_types:  # an empty cache for a stack that is one mixer fits any depth
+        caches = [DynamicCache(config=other), StaticCache(config=other, max_cache_len=9)]
     if RECURRENT in model.config.layer_types:
         caches.append(DynamicCache())
     else:
@@ -849,7 +852,7 @@ def test_bfloat16_with_extreme_gates(name):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     for keeper, layer in zip(model.model.keepers(), out.past_key_values.layers, strict=True):
         if isinstance(layer, RecurrentStateLayer):
-            declared = keeper.state_shapes(model.config, keeper.layer_idx).values()
+            declared = keeper.state_shapes(keeper.config, keeper.layer_idx).values()
             for state, (_, dtype) in zip(layer.states, declared, strict=True):
                 assert state.dtype == (dtype or torch.bfloat16)
 

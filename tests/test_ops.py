@@ -38,10 +38,10 @@ def forms_of(op: str) -> tuple[str, ...]:
     return importlib.import_module(f"zoo.ops.{op}").OP.forms
 
 
-def each(*skip: str):
-    """Parametrise a test by op, case and form, without the forms named."""
+def each(*skip: str, slow: tuple[str, ...] = ()):
+    """Parametrise a test by op, case and form, without the forms named; those in `slow` are slow tests."""
     values = [
-        pytest.param(op, case, form, id=f"{op}-{case.name}-{form}")
+        pytest.param(op, case, form, id=f"{op}-{case.name}-{form}", marks=[pytest.mark.slow] * (form in slow))
         for op, case in CASES
         for form in forms_of(op)
         if form not in skip
@@ -129,7 +129,7 @@ def test_without_gradients(op, case, form, t):
                 assert_close(x, exact, TOLERANCE[dtype])
 
 
-@each("reference")
+@each("reference", slow=("triton",))
 def test_low_precision_inputs(op, case, form):
     """bfloat16 inputs: the state stays in float32, and the result is that of the rounded inputs, nearly."""
     t = 17 if form == "triton" else 65
@@ -190,7 +190,7 @@ def assert_padding_is_not_read(case: Case, form: str, t: int) -> None:
             assert (gradient[~mask] == 0).all(), name
 
 
-@each("reference", "chunked")
+@each("reference", "chunked", slow=("triton",))
 def test_every_output_is_written(op, case, form):
     """Memory that a kernel is given is full of NaN; nothing of that is left in outputs, state and gradients."""
     t = 17 if form == "triton" else 70
@@ -313,13 +313,13 @@ def recorded_operator_calls(op: str, run) -> list[tuple]:
     ("op", "form"), [(op, form) for op in op_names() for form in ("chunked", "native") if form in forms_of(op)]
 )
 def test_compiles_into_one_graph(op, form):
-    """A case of each op, packed documents and all, but for the memory's, whose chunks are as many as the data says.
+    """A case of each op, packed documents and all.
 
     Triton's kernels stand behind the operator that C++ stands behind.
     """
     case = importlib.import_module(f"zoo.ops.{op}.cases").CASES[0]
     inputs = to_dtype(case.draw(Draw(3), 33), torch.float32)
-    packing = draw_packing(33)["mask" if op == "memory_gd" else "both"]
+    packing = draw_packing(33)["both"]
     expected = run_case(case, inputs, form, **packing)
     compiled = torch.compile(case.run, fullgraph=True, dynamic=False)
     actual = run_case(case.with_run(compiled), inputs, form, **packing)

@@ -63,6 +63,14 @@ def test_a_run_leaves_a_checkpoint_that_loads_anywhere(tmp_path, small_corpus, c
     assert done.stdout.startswith("RetNetForCausalLM def ")
 
 
+def test_auxiliary_losses_are_logged(tmp_path, small_corpus):
+    """Without their coefficients, beside the loss, which they are part of."""
+    run = tmp_path / "run"
+    assert main(["train", "tiny/jamba", f"train.output={run}", *SMALL, "train.tokens=256"]) == 0
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [set(row) >= {"load_balancing_loss", "router_z_loss"} for row in rows] == [True, True]
+
+
 def test_the_same_seed_gives_the_same_run(tmp_path, small_corpus):
     logs = []
     for name in ("a", "b"):

@@ -4,13 +4,14 @@ from zoo.cache import load_state, save_state
 from zoo.config import ZooConfig
 from zoo.convert import export_checkpoint, import_checkpoint
 from zoo.inspection import KernelUse, ModelSummary, kernel_report, state_bytes, summarize
-from zoo.mixer import Mixer, RecurrentMixer, Tokens
+from zoo.mixer import AuxiliaryLoss, Mixer, RecurrentMixer, Tokens
 from zoo.modeling import Block, ZooForCausalLM, ZooModel, heads_of
 from zoo.registry import Plugin, create_config, create_model, list_models, load_plugins
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuxiliaryLoss",
     "Block",
     "KernelUse",
     "Mixer",

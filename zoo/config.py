@@ -1,9 +1,12 @@
 """The configuration fields that every model of the zoo shares; a plugin's config adds only its own."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -86,7 +89,7 @@ class ZooConfig(PreTrainedConfig):
         self.channel_mixers = self._settle(
             "channel_mixers", self.channel_mixers or self.default_channel_mixers, registry.find_channel_mixer
         )
-        self.layer_types = [keeper.layer_type for keeper, _ in self.keepers()]
+        self.layer_types = [keeper.layer_type for keeper, _, _ in self.keepers()]
 
     def _settle(self, field: str, pattern: Sequence[str], find: Callable[[str], type]) -> list[str]:
         n = self.num_hidden_layers
@@ -95,22 +98,31 @@ class ZooConfig(PreTrainedConfig):
         for name in dict.fromkeys(pattern):
             if name == NO_MIXER and field == "channel_mixers":
                 continue
-            if missing := [f for f in find(name).config_fields if not hasattr(self, f)]:
+            needed, config = find(name).config_fields, self.for_mixer(name)
+            if missing := [field for field in needed if not hasattr(config, field)]:
                 raise ValueError(
                     f"mixer {name!r} needs {', '.join(missing)}, which {type(self).__name__} does not have"
                 )
         return [pattern[i % len(pattern)] for i in range(n)]
 
-    def keepers(self) -> list[tuple[type, int]]:
-        """The mixer classes that keep something of a sequence, in the order of a cache's layers, each with its layer.
+    def for_mixer(self, name: str) -> "ZooConfig | MixerConfig":
+        """The configuration that the mixer or channel mixer of that name is built with: this one."""
+        return self
 
-        The mixers stand first, one a layer; behind them come the channel mixers with a state.
+    def keepers(self) -> list[tuple[type, "ZooConfig | MixerConfig", int]]:
+        """The mixer classes that keep something of a sequence, in the order of a cache's layers.
+
+        Each stands beside its configuration and its layer. The mixers come first, one a layer; behind them come the
+        channel mixers with a state.
         """
-        mixers = [(registry.find_mixer(name), i) for i, name in enumerate(self.mixers)]
+        configs = {name: self.for_mixer(name) for name in {*self.mixers, *self.channel_mixers} - {NO_MIXER}}
+        mixers = [(registry.find_mixer(name), configs[name], i) for i, name in enumerate(self.mixers)]
         channel_mixers = [
-            (registry.find_channel_mixer(name), i) for i, name in enumerate(self.channel_mixers) if name != NO_MIXER
+            (registry.find_channel_mixer(name), configs[name], i)
+            for i, name in enumerate(self.channel_mixers)
+            if name != NO_MIXER
         ]
-        return mixers + [(mixer, i) for mixer, i in channel_mixers if mixer.layer_type is not None]
+        return mixers + [keeper for keeper in channel_mixers if keeper[0].layer_type is not None]
 
     @property
     def per_layer_config(self) -> list["ZooConfig"]:
@@ -127,3 +139,83 @@ class ZooConfig(PreTrainedConfig):
 
     def validate_layer_type(self):
         """The spine's own layer types are valid; transformers' list of names does not know them."""
+
+
+# -- mixers that bring their fields along ------------------------------------------------------------------------------
+
+
+class MixerConfig:
+    """What a mixer of a `MixedConfig` reads: its own fields, and else the model's configuration as it is now."""
+
+    def __init__(self, model: ZooConfig, fields: dict[str, Any]):
+        self.__dict__.update(fields, model=model)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model" or name.startswith("__"):  # asked for while it is being copied and has nothing yet
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+
+@strict
+class MixedConfig(ZooConfig):
+    """A configuration that need not have the fields of its mixers: each of them brings its own along.
+
+    A field that a mixer names in its `config_fields` has the value that `mixer_options` gives it. Otherwise it is the
+    model's if it is a field of `ZooConfig`; and if not, it has the default of the configuration that the mixer was
+    written for, in a model of the same width and depth with nothing but this mixer.
+
+    Args:
+        mixer_options: by the name of a mixer or channel mixer, values of its `config_fields`.
+    """
+
+    mixer_options: dict[str, dict] | None = None
+
+    def settle_layers(self) -> None:
+        """As `ZooConfig`, and refuse options for a mixer that no layer has."""
+        super().settle_layers()
+        for name in self.mixer_options or {}:
+            registry.find_owner(name)
+            if name not in self.mixers + self.channel_mixers:
+                raise ValueError(f"mixer_options has options for {name!r}, which no layer uses")
+
+    def for_mixer(self, name: str) -> ZooConfig | MixerConfig:
+        """The configuration that the mixer or channel mixer of that name is built with.
+
+        Raises:
+            ValueError: on an unknown mixer or option, where the nearest known ones are suggested; on a value that the
+                configuration which the mixer was written for refuses.
+        """
+        plugin = registry.find_owner(name)
+        config_class, needed = plugin.config_class, plugin.all_mixers[name].config_fields
+        options = (self.mixer_options or {}).get(name, {})
+        known = [field.name for field in dataclasses.fields(config_class) if field.name in needed]
+        for option in options:
+            if option not in known:
+                raise unknown_name(f"option of mixer {name!r}", option, known)
+        if not needed:
+            return self
+        model = {field: getattr(self, field) for field in _MODEL_FIELDS}
+        model["mixers"] = model["channel_mixers"] = [name] * self.num_hidden_layers
+        try:
+            alone = _without_layers(config_class)(**{**model, **options})
+        except (ValueError, StrictDataclassError) as error:  # the latter wraps what a validator said
+            raise ValueError(f"mixer {name!r}: {error.__cause__ or error}") from error
+        return MixerConfig(self, {field: getattr(alone, field) for field in needed if hasattr(alone, field)})
+
+
+_MODEL_FIELDS = [
+    field.name
+    for field in dataclasses.fields(ZooConfig)
+    if field.name in ZooConfig.__annotations__ and field.name not in ("mixers", "channel_mixers", "layer_types")
+]
+"""Fields that all mixers of a model share, unless an option says otherwise."""
+
+
+@functools.cache
+def _without_layers(config_class: type[ZooConfig]) -> type[ZooConfig]:
+    """The same fields, defaults and checks, for one mixer: nothing is asked of the other half of a layer."""
+
+    def settle_layers(self) -> None:
+        pass
+
+    return strict(type(config_class.__name__, (config_class,), {"settle_layers": settle_layers}))

@@ -11,6 +11,7 @@ from zoo.config import ZooConfig
 from zoo.mixer import Mixer
 from zoo.ops.dispatch import Choice, choose
 from zoo.ops.fused import FUSED, choose_fused
+from zoo.ops.grouped_linear import choose_grouped_linear
 from zoo.ops.linear import choose_linear
 
 
@@ -33,7 +34,7 @@ def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torc
     dtype = dtype or config.dtype or torch.float32
     if isinstance(dtype, str):  # saving a model turns the dtype of its configuration into a name
         dtype = getattr(torch, dtype)
-    return sum(keeper.state_bytes(config, layer_idx, length, dtype) for keeper, layer_idx in config.keepers())
+    return sum(keeper.state_bytes(own, layer_idx, length, dtype) for keeper, own, layer_idx in config.keepers())
 
 
 class ModelSummary(NamedTuple):
@@ -96,6 +97,8 @@ def _choice(op: str, model: PreTrainedModel) -> Choice:
         return Choice(model.config._attn_implementation, "transformers' attn_implementation")
     if op == "linear":
         return choose_linear(model.device, model.dtype)
+    if op == "grouped_linear":
+        return choose_grouped_linear(model.device, model.dtype)
     if op in FUSED:
         return choose_fused(model.device, model.dtype, model.config.kernels)
     forms = importlib.import_module(f"zoo.ops.{op}").OP.forms
@@ -105,16 +108,22 @@ def _choice(op: str, model: PreTrainedModel) -> Choice:
 
 def architecture_table() -> list[str]:
     """The README's table of architectures, in lines of Markdown: name, paper, models, mixers, state."""
-    rows = ["| architecture | paper | models | mixers it offers | state of a sequence |", "|---|---|---|---|---|"]
+    rows = [
+        "| architecture | paper | models | mixers it offers | channel mixers | state of a sequence |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, plugin in registry.plugins().items():
         published = sum(not preset.endswith("-tiny") for preset in plugin.presets)
         models = ", ".join(f"`{preset}`" for preset in registry.list_models("*-tiny") if preset in plugin.presets)
-        models += f", {published} published sizes" if published else ""
-        mixers = ", ".join(f"`{mixer}`" for mixer in plugin.mixers)
+        models += f", {published} published size{'s' * (published > 1)}" if published else ""
+        mixers, channel_mixers = (
+            ", ".join(f"`{mixer}`" for mixer in offered) or "-" for offered in (plugin.mixers, plugin.channel_mixers)
+        )
         states = [_state_in_words(registry.create_config(preset)) for preset in plugin.presets]
         number = plugin.paper.removeprefix("arXiv:")
         link = f"[{number}](https://arxiv.org/abs/{number})" if number != plugin.paper else plugin.paper
-        rows.append(f"| [{name}](plugins/{name}) | {link} | {models} | {mixers} | {', '.join(dict.fromkeys(states))} |")
+        state = ", ".join(dict.fromkeys(states))
+        rows.append(f"| [{name}](plugins/{name}) | {link} | {models} | {mixers} | {channel_mixers} | {state} |")
     return rows
 
 

@@ -9,7 +9,7 @@ Letters: b batch, t tokens of the call, d width.
 
 from dataclasses import dataclass, field, fields, replace
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,16 @@ class Tokens:
         return tokens
 
 
+class AuxiliaryLoss(NamedTuple):
+    """A loss that training adds to that of the labels."""
+
+    name: str
+    """Losses of one name, as those of several layers, are averaged."""
+    coefficient: float
+    value: Tensor
+    """A scalar, reported as it is and added times the coefficient."""
+
+
 def _expand_index(order: Tensor, x: Tensor) -> Tensor:
     return order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x)
 
@@ -136,7 +146,10 @@ class Mixer(nn.Module):
     ops: ClassVar[tuple[str, ...]] = ()
     """Names of the ops of `zoo.ops` it runs on."""
     config_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that it reads of a configuration, beyond those of `ZooConfig`; a model with this mixer must have them."""
+    """Fields that it reads of a configuration: all of its own, which a model with this mixer must have, and those of
+    `ZooConfig` that may differ from mixer to mixer, as the inner width. In a hybrid they are its options."""
+    uses_rotary: ClassVar[bool] = False
+    """Whether it rotates heads of `config.head_dim` by `tokens.rotary`."""
     parameter_options: ClassVar[dict[str, dict[str, float]]] = {}
     """By name of a parameter, what the optimiser shall do with it other than usual: `weight_decay`, `lr_scale`."""
 
@@ -171,6 +184,13 @@ class Mixer(nn.Module):
     def saved_dtypes(self, activations: torch.dtype) -> dict[str, torch.dtype]:
         """The dtypes of the same tensors in a model whose activations are of the given one."""
         return dict.fromkeys(self.saved_shapes(0), activations)
+
+    def auxiliary_losses(self, shared: Shared, mask: Tensor | None) -> list[AuxiliaryLoss]:
+        """What training adds to the loss for this mixer, of figures that it left in `shared`; the mask is (b t).
+
+        It is asked once a call, after the last layer, and in training only.
+        """
+        return []
 
     def reset_parameters(self) -> None:
         """Initialise the raw parameters of this module, with `transformers.initialization` only."""

@@ -21,15 +21,14 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from zoo import registry
 from zoo.cache import RECURRENT, RecurrentStateLayer, recurrent_mask
 from zoo.config import NO_MIXER, ZooConfig
-from zoo.mixer import Mixer, Shared, Tokens
-from zoo.nn import Linear, RMSNorm, ShortConv, SoftmaxAttention
+from zoo.mixer import AuxiliaryLoss, Mixer, Shared, Tokens
+from zoo.nn import Linear, RMSNorm, RotaryEmbedding, ShortConv, SoftmaxAttention
 
 
 class Block(GradientCheckpointingLayer):
@@ -41,11 +40,12 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: ZooConfig, layer_idx: int):
         super().__init__()
         self.mixer_norm = self.norm_class(config)
-        self.mixer: Mixer = registry.find_mixer(config.mixers[layer_idx])(config, layer_idx)
+        name = config.mixers[layer_idx]
+        self.mixer: Mixer = registry.find_mixer(name)(config.for_mixer(name), layer_idx)
         self.channel_mixer: Mixer | None = None
         if (name := config.channel_mixers[layer_idx]) != NO_MIXER:
             self.channel_norm = self.norm_class(config)
-            self.channel_mixer = registry.find_channel_mixer(name)(config, layer_idx)
+            self.channel_mixer = registry.find_channel_mixer(name)(config.for_mixer(name), layer_idx)
 
     def forward(
         self, x: Tensor, shared: Shared, tokens: Tokens, past_key_values: Cache | None = None
@@ -123,6 +123,8 @@ class ZooModelOutput(BaseModelOutputWithPast):
 
     shared: Shared | None = None
     """What the layers left for each other; an auxiliary loss may read it."""
+    mask: Tensor | None = None
+    """(b t) bool, False at padding; None: no padding."""
     segments: Tensor | None = None
     """(b t) ids of the documents packed in a row; None: one document a row."""
 
@@ -140,7 +142,7 @@ class ZooModel(ZooPreTrainedModel):
         for index, keeper in enumerate(self.keepers()):
             keeper.cache_idx = index
         self.norm = self.block_class.norm_class(config)
-        self.rotary = LlamaRotaryEmbedding(config) if getattr(config, "rope_parameters", None) else None
+        self.rotary = RotaryEmbedding(config) if getattr(config, "rope_parameters", None) else None
         self.gradient_checkpointing = False
         self._no_split_modules = [self.block_class.__name__]
         self.post_init()
@@ -200,6 +202,7 @@ class ZooModel(ZooPreTrainedModel):
             last_hidden_state=self.norm(x),
             past_key_values=past_key_values,
             shared=shared or None,
+            mask=tokens.mask,
             segments=tokens.segments,
         )
 
@@ -340,6 +343,16 @@ def _find_segments(positions: Tensor, mask: Tensor | None) -> Tensor | None:
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class ZooCausalLMOutput(CausalLMOutputWithPast):
+    """What a causal language model returns."""
+
+    aux_loss: Tensor | None = None
+    """What the auxiliary losses add to `loss`; None where there are none, or not in training."""
+    aux_losses: dict[str, Tensor] | None = None
+    """Each of them by name, without its coefficient."""
+
+
 class ZooForCausalLM(ZooPreTrainedModel):
     """A model with a language-modelling head; made by `heads_of`."""
 
@@ -358,9 +371,10 @@ class ZooForCausalLM(ZooPreTrainedModel):
         """(b t d) -> (b t vocabulary); the place for a soft-cap."""
         return self.lm_head(hidden_states)
 
-    def auxiliary_loss(self, outputs: ZooModelOutput) -> Tensor | None:
-        """A scalar that is added to the loss, from `outputs.shared` for example; None: nothing."""
-        return None
+    def auxiliary_losses(self, outputs: ZooModelOutput) -> list[AuxiliaryLoss]:
+        """What training adds to the loss of the labels: what the mixers ask for."""
+        mixers = [module for module in self.model.modules() if isinstance(module, Mixer)]
+        return [loss for mixer in mixers for loss in mixer.auxiliary_losses(outputs.shared or {}, outputs.mask)]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs) -> None:
         """As transformers does, but always under one name: it has another for classes with "mamba" in theirs."""
@@ -388,8 +402,8 @@ class ZooForCausalLM(ZooPreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits, and the mean loss of predicting `labels`.
+    ) -> ZooCausalLMOutput:
+        """Logits, and the mean loss of predicting `labels`; in training the auxiliary losses are added to it.
 
         Args:
             labels: (b t), the input ids themselves (the shift is made here); -100 is not predicted, and neither is
@@ -408,21 +422,47 @@ class ZooForCausalLM(ZooPreTrainedModel):
             **kwargs,
         )
         logits = self.compute_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss = aux_loss = aux_losses = None
         if labels is not None:
             if outputs.segments is not None:  # the end of one document does not predict the start of the next
                 starts = torch.diff(outputs.segments, dim=1, prepend=outputs.segments[:, :1]) != 0
                 labels = labels.masked_fill(starts, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            auxiliary = self.auxiliary_loss(outputs)
-            loss = loss if auxiliary is None else loss + auxiliary
-        return CausalLMOutputWithPast(
+            if self.training and (found := self.auxiliary_losses(outputs)):
+                aux_loss, aux_losses = _add_up(found, loss.device)
+                loss = loss + aux_loss * _share_of_step(labels, **kwargs)
+        return ZooCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            aux_losses=aux_losses,
         )
+
+
+def _add_up(losses: list[AuxiliaryLoss], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum with coefficients, and by name the values without; those of one name are averaged."""
+    by_name: dict[str, list[AuxiliaryLoss]] = {}
+    for loss in losses:
+        by_name.setdefault(loss.name, []).append(loss._replace(value=loss.value.to(device)))
+    total = sum(sum(x.coefficient * x.value for x in same) / len(same) for same in by_name.values())
+    return total, {name: sum(x.value.detach() for x in same) / len(same) for name, same in by_name.items()}
+
+
+def _share_of_step(
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    **unused,
+) -> Tensor | float:
+    """How much of a step this call is, where the caller accumulates gradients over several and says how many tokens."""
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[:, 1:] if shift_labels is None else shift_labels
+    return (targets != ignore_index).sum() / num_items_in_batch
 
 
 def heads_of(model: type[ZooModel]) -> tuple[type[ZooForCausalLM], type[PreTrainedModel], type[PreTrainedModel]]:

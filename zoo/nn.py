@@ -14,22 +14,23 @@ from transformers import Cache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
-from zoo.ops.fused import rms_norm, swiglu
+from zoo.ops.fused import geglu, rms_norm, swiglu
 from zoo.ops.linear import linear
 from zoo.ops.short_conv import short_conv
 
 
 class RMSNorm(nn.RMSNorm):
-    """The root-mean-square norm over the last dimension (arXiv:1910.07467), with Liger-Kernel's form on GPUs."""
+    """The root-mean-square norm over the last dimension (arXiv:1910.07467), of `size` channels or the stream's."""
 
     ops = ("rms_norm",)
 
-    def __init__(self, config: ZooConfig):
-        super().__init__(config.hidden_size, config.norm_eps)
+    def __init__(self, config: ZooConfig, size: int | None = None):
+        super().__init__(size or config.hidden_size, config.norm_eps)
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,25 +82,52 @@ class ShortConv(nn.Module):
             init.uniform_(self.bias, -bound, bound)
 
 
-class GatedMLP(Mixer):
-    """The gated channel mixer, `down(act(gate(x)) * up(x))`: SwiGLU with the default activation (arXiv:2002.05202)."""
+class GatedActivation(nn.Module):
+    """act(gate) * up, the middle of a gated MLP (arXiv:2002.05202): SwiGLU's with the default activation."""
 
-    def __init__(self, config: ZooConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+    _kernels = {"silu": swiglu, "swish": swiglu, "gelu_pytorch_tanh": geglu}
+
+    def __init__(self, config: ZooConfig):
+        super().__init__()
+        self.config = config
         self.act = ACT2FN[config.hidden_act]
-        self.is_swiglu = config.hidden_act in ("silu", "swish")
-        self.ops = ("swiglu",) if self.is_swiglu else ()
+        self.kernel = self._kernels.get(config.hidden_act)
+        self.ops = () if self.kernel is None else (self.kernel.__name__,)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gate and up, both (... f) -> (... f)."""
+        return self.act(gate) * up if self.kernel is None else self.kernel(gate, up, self.config.kernels)
+
+
+class GatedMLP(Mixer):
+    """The gated channel mixer, `down(act(gate(x)) * up(x))`; `width` is the inner one, if not the configuration's."""
+
+    config_fields = ("intermediate_size", "hidden_act")
+
+    def __init__(self, config: ZooConfig, layer_idx: int, width: int | None = None):
+        super().__init__(config, layer_idx)
+        width = width or config.intermediate_size
+        self.gate_proj = Linear(config.hidden_size, width, bias=False)
+        self.up_proj = Linear(config.hidden_size, width, bias=False)
+        self.down_proj = Linear(width, config.hidden_size, bias=False)
+        self.act = GatedActivation(config)
 
     def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        y = swiglu(gate, up, self.config.kernels) if self.is_swiglu else self.act(gate) * up
-        return self.down_proj(y), shared
+        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x))), shared
 
 
 # -- rotations ---------------------------------------------------------------------------------------------------------
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """Cosines and sines of positions; `partial_rotary_factor` is heeded of a plain embedding too."""
+
+    @staticmethod
+    def compute_default_rope_parameters(config: ZooConfig, **unused) -> tuple[Tensor, float]:
+        """The frequencies, (r/2), and the factor of cosines and sines."""
+        rope = config.rope_parameters
+        width = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+        return rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width), 1.0
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -163,6 +191,7 @@ class _GroupedQueries:
     """The projections of grouped-query attention (arXiv:2305.13245), for the mixers below."""
 
     ops = ("attention",)
+    uses_rotary = True
     config_fields = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout")
 
     def __init__(self, config: ZooConfig, layer_idx: int):
@@ -230,30 +259,65 @@ class SlidingWindowAttention(_GroupedQueries, RecurrentMixer):
         heads = local.shape[0] // self.config.head_dim
         return keys[:, :heads], values[:, :heads], count
 
+    def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
+        if cache is not None:
+            return super().forward(x, shared, tokens, cache)
+        aligned = tokens.left_aligned  # a whole sequence has no window before it, and leaves none
+        q, k, v = self._project(aligned.gather(x), aligned)
+        y, _ = self.attention(q, k, v, self._whole_mask(x, aligned.segments), **aligned.attention_options)
+        return aligned.scatter(self.o_proj(y)), shared
+
+    def _whole_mask(self, x: Tensor, segments: Tensor | None) -> Tensor | BlockMask | None:
+        """The mask of whole sequences x (b t d); None where every token sees all before it, which SDPA knows of."""
+        t = x.shape[1]
+        if t <= self.config.sliding_window and segments is None and self.config._attn_implementation == "sdpa":
+            return None
+        count = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self._as_mask(self._visible(count, t, segments, past=0), x.dtype)
+
     def scan(self, x: Tensor, state: State, tokens: Tokens) -> tuple[Tensor, State]:
         past_k, past_v, count = state
-        b, t = x.shape[:2]
-        kept = self.config.sliding_window - 1
         q, k, v = self._project(x, tokens)
         k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-        visible = self._visible(count, t, tokens.segments)
+        visible = self._visible(count, x.shape[1], tokens.segments)
         y, _ = self.attention(q, k, v, self._as_mask(visible, x.dtype), **tokens.attention_options)
+        return self.o_proj(y), self._newest(k, v, count, tokens)
 
-        lengths = count.new_full((b,), t) if tokens.mask is None else tokens.mask.sum(dim=1)
-        newest = lengths[:, None] + torch.arange(kept, device=x.device)  # the slots of the last `kept` real tokens
-        index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        return self.o_proj(y), (k.gather(2, index), v.gather(2, index), count + lengths)
-
-    def _visible(self, count: Tensor, t: int, segments: Tensor | None) -> Tensor:
-        """Which of the s = window - 1 + t slots each query sees, (b 1 t s)."""
+    def _newest(self, k: Tensor, v: Tensor, count: Tensor, tokens: Tokens) -> State:
+        """The state after the tokens of a call, given the keys and values (b g s d) of the window before and theirs."""
         kept = self.config.sliding_window - 1
-        query = torch.arange(t, device=count.device)[:, None] + kept
-        slot = torch.arange(kept + t, device=count.device)
-        in_window = (slot <= query) & (slot >= query - kept)
-        filled = slot >= kept - count[:, None]
+        t = k.shape[2] - kept
+        lengths = None if tokens.mask is None else tokens.mask.sum(dim=1)
+        count = self._count(count, t if lengths is None else lengths, tokens)
+        if lengths is None:
+            k, v = k[:, :, t:], v[:, :, t:]
+            if t > 1:  # hold on to nothing older
+                k, v = k.clone(), v.clone()
+            return k, v, count
+        newest = lengths[:, None] + torch.arange(kept, device=k.device)  # the slots of the last `kept` real tokens
+        index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        return k.gather(2, index), v.gather(2, index), count
+
+    def _count(self, count: Tensor, lengths: Tensor | int, tokens: Tokens) -> Tensor:
+        """How many tokens the last document of each row has after a call with `lengths` real ones."""
+        if tokens.segments is None:
+            return count + lengths
+        places = torch.arange(tokens.segments.shape[1], device=count.device).expand_as(tokens.segments)
+        lengths = torch.as_tensor(lengths, device=count.device).expand(len(count))[:, None]
+        last = tokens.segments.gather(1, (lengths - 1).clamp(min=0))
+        started = last[:, 0] != tokens.segments[:, 0]
+        return count.masked_fill(started, 0) + ((tokens.segments == last) & (places < lengths)).sum(dim=1)
+
+    def _visible(self, count: Tensor, t: int, segments: Tensor | None, past: int | None = None) -> Tensor:
+        """Which of the s = past + t slots each query sees, (b 1 t s); by default `sliding_window` - 1 are past."""
+        past = self.config.sliding_window - 1 if past is None else past
+        slot = torch.arange(past + t, device=count.device)
+        query = slot[past:, None]
+        in_window = (slot <= query) & (slot > query - self.config.sliding_window)
+        filled = slot >= past - count[:, None]
         visible = in_window & filled[:, None]
         if segments is not None:
-            documents = torch.cat([segments[:, :1].expand(-1, kept), segments], dim=1)
+            documents = torch.cat([segments[:, :1].expand(-1, past), segments], dim=1)
             visible = visible & (segments[:, :, None] == documents[:, None, :])
         return visible[:, None]
 

@@ -49,7 +49,8 @@ class Plugin:
     Args:
         models: its model classes; the end of a class's name says which Auto class offers it.
         presets: configurations by name, each the fields that differ from the config's defaults. One ends in `-tiny`.
-        mixers: the mixer classes it offers, by name, to every model whose configuration has their `config_fields`.
+        mixers: the mixer classes it offers, by name, to every model whose configuration has their `config_fields`, and
+            to hybrids, which bring these along.
         channel_mixers: likewise, what can stand in the second half of a layer.
         layouts: how others write its checkpoints down (`zoo.convert.Layout`).
         tokenizer: a tokenizer class of its own, which `AutoTokenizer` then finds for its models and by its name.
@@ -68,6 +69,11 @@ class Plugin:
     lora_targets: tuple[str, ...] = ()
     paper: str = ""
     unkept: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_mixers(self) -> Mapping[str, type]:
+        """Mixers and channel mixers together, which share one set of names."""
+        return {**self.mixers, **self.channel_mixers}
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
@@ -113,11 +119,12 @@ def register(name: str, plugin: Plugin) -> None:
     """
     if not isinstance(plugin, Plugin):
         raise ValueError(f"PLUGIN of {name!r} is a {type(plugin).__name__}, not a zoo.Plugin")
-    for kind in ("presets", "mixers", "channel_mixers"):
-        for other, registered in _plugins.items():
+    for other, registered in _plugins.items():
+        for kind in ("presets", "all_mixers"):
             if taken := getattr(registered, kind).keys() & getattr(plugin, kind).keys():
+                what = kind.removeprefix("all_")
                 raise ValueError(
-                    f"plugin {name!r} brings {kind} that {other!r} has already: {', '.join(sorted(taken))}"
+                    f"plugin {name!r} brings {what} that {other!r} has already: {', '.join(sorted(taken))}"
                 )
     config = plugin.config_class
     if config.model_type in CONFIG_MAPPING:
@@ -163,6 +170,15 @@ def find_channel_mixer(name: str) -> type:
     """
     known = {key: mixer for plugin in _plugins.values() for key, mixer in plugin.channel_mixers.items()}
     return _find("channel mixer", name, known)
+
+
+def find_owner(name: str) -> Plugin:
+    """The plugin that brings the mixer or channel mixer of that name.
+
+    Raises:
+        ValueError: on an unknown name; the nearest known ones are suggested.
+    """
+    return _find("mixer", name, {key: plugin for plugin in _plugins.values() for key in plugin.all_mixers})
 
 
 def find_preset(name: str) -> Plugin:

@@ -17,6 +17,7 @@ from zoo.nn import Linear
 class ChannelMixing7(RecurrentMixer):
     """Version 7: v_proj(relu(k_proj(x_k))^2) (arXiv:2503.14456, section 4). Its state is the last token."""
 
+    config_fields = ("intermediate_size",)
     parameter_options = {"shift.mu": NO_DECAY}
 
     def __init__(self, config: RWKVConfig, layer_idx: int):

@@ -67,7 +67,7 @@ class RWKVConfig(ZooConfig):
         return self.hidden_size // self.head_dim
 
     def validate_architecture(self):
-        if self.hidden_size % self.head_dim and set(self.mixers or self.default_mixers) != {"rwkv4"}:
+        if self.hidden_size % self.head_dim and {"rwkv5", "rwkv6", "rwkv7"} & set(self.mixers):
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of head_dim ({self.head_dim})")
 
 

@@ -8,6 +8,7 @@ from zoo.plugins.transformer.modeling import (
     TransformerModel,
 )
 
+from zoo.moe import MoE
 from zoo.nn import Attention, GatedMLP, SlidingWindowAttention
 from zoo.registry import Plugin
 
@@ -29,7 +30,7 @@ PLUGIN = Plugin(
         TransformerForTokenClassification,
     ),
     mixers={"attention": Attention, "sliding_attention": SlidingWindowAttention},
-    channel_mixers={"swiglu": GatedMLP},
+    channel_mixers={"swiglu": GatedMLP, "moe": MoE},
     presets={
         "transformer-tiny": _TINY,
         "transformer-sliding-tiny": {**_TINY, "mixers": ["sliding_attention", "attention"], "sliding_window": 32},

@@ -2,13 +2,13 @@
 
 from huggingface_hub.dataclasses import strict
 
-from zoo.config import ZooConfig
 from zoo.modeling import ZooModel, heads_of
+from zoo.moe import MoEConfig
 
 
 @strict
-class TransformerConfig(ZooConfig):
-    """Configuration of the Transformer baseline.
+class TransformerConfig(MoEConfig):
+    """Configuration of the Transformer baseline; the fields of `MoEConfig` are for the channel mixer `moe`.
 
     Args:
         num_attention_heads: number of query heads.
@@ -23,7 +23,7 @@ class TransformerConfig(ZooConfig):
 
     model_type = "zoo_transformer"
     default_mixers = ("attention",)
-    sizes = (*ZooConfig.sizes, "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = (*MoEConfig.sizes, "num_attention_heads", "num_key_value_heads", "head_dim")
     base_model_tp_plan = {
         "layers.*.mixer.q_proj": "colwise",
         "layers.*.mixer.k_proj": "colwise",

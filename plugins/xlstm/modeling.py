@@ -235,6 +235,7 @@ class MLSTMPreUp(_MatrixMemory):
             init.normal_(weight, std=self.config.initializer_range)
         self.reset_gates(input_bias=0.0, deviation=0.1)
         init.ones_(self.learnable_skip)
+        init.zeros_(self.multihead_norm.weight)
         _init_output(self.down_proj, self.config)
 
 
@@ -287,6 +288,7 @@ class SLSTM(RecurrentMixer):
         i, _, z, o = self.bias.new_zeros(self.bias.shape).chunk(4, dim=-1)
         forget = 5 - 12 * torch.linspace(0, 1, i.shape[-1], device=i.device) ** (0.3 + 1.3 * depth)
         init.copy_(self.bias, torch.cat([i, forget.to(i.dtype).expand_as(i), z, o], dim=-1))
+        init.zeros_(self.multihead_norm.weight)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------

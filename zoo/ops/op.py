@@ -36,6 +36,8 @@ class Op:
             the tensor inputs, None for those that are absent or have no gradient. Forward gets contiguous tensors.
         backward_reads_outputs: keep the outputs for the backward.
         takes_complex: whether inputs may be complex.
+        compiled_whole: compilers take the chunked form as one node too, as a loop that they would unroll into
+            thousands of nodes; its module then has `forward` and `backward` as those of the kernels.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Op:
         kernels: tuple[str, ...] = (),
         backward_reads_outputs: bool = False,
         takes_complex: bool = False,
+        compiled_whole: bool = False,
     ):
         self.name = name
         self.forms = ("reference", "chunked", *kernels)
@@ -59,6 +62,7 @@ class Op:
         self._are_required = tuple(parameter.annotation is Tensor for parameter in parameters)
         self._are_states = tuple(name in states for name in self._names)
         self._takes_complex = takes_complex
+        self._compiled_whole = compiled_whole
         self._examine = once_per_look(self._examine_once)
         if kernels:
             self._operator = self._define(backward_reads_outputs)
@@ -79,7 +83,8 @@ class Op:
             _convert(x, dtype) if is_state or backend != "triton" else x
             for x, is_state in zip(inputs, self._are_states, strict=True)
         )
-        if backend in self._torch_forms:
+        is_node = self._compiled_whole and backend == "chunked" and torch.compiler.is_compiling()
+        if backend in self._torch_forms and not is_node:
             with _no_autocast(tensors[0].device.type):  # products of the state stay in the state's precision
                 return self._torch_forms[backend](*inputs)
         _refuse_tangents(self.name, tensors)

@@ -130,7 +130,8 @@ def lay_out_chunks(
     Args:
         mask: (b t), False at padding.
         starts: (b t), True at real tokens with which a document starts (`segment_starts`); None: nowhere. With it the
-            number of slots depends on the data.
+            number of slots depends on the data; in a compiled graph there are enough for documents that have a run each
+            on average, and more of them end in a RuntimeError.
         position: (b), int64, how many tokens the chunk has that is open before the first token; None: none.
         chunk_size: tokens of a chunk.
         width: slots of a run, at most `chunk_size`.
@@ -151,6 +152,10 @@ def lay_out_chunks(
     if starts is None:
         runs = t // chunk_size * -(-chunk_size // width) + -(-(t % chunk_size) // width)
         runs = runs if position is None else min(t, runs + 1)  # an open chunk may leave one more open at the end
+    elif torch.compiler.is_compiling():  # sizes of a graph cannot depend on the data
+        runs = min(t, 2 * -(-t // width) + 1)
+        message = f"a compiled graph takes packed documents of {width} tokens on average, these are shorter"
+        torch._assert_async((run < runs).all(), message)
     else:
         runs = max(1, int(run.max()) + 1)
 

@@ -136,7 +136,8 @@ def _optimise(
         try:
             for step, batch in zip(range(1, steps + 1), batches(rows, batch_size, settings.seed), strict=False):
                 started = time.perf_counter()
-                loss = model(batch, labels=batch).loss
+                outputs = model(batch, labels=batch)
+                loss, auxiliary = outputs.loss, outputs.aux_losses or {}
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
                 if not (loss.isfinite() and norm.isfinite()):
@@ -151,7 +152,9 @@ def _optimise(
                 schedule.step()
                 optimiser.zero_grad()
                 speed = batch.numel() / (time.perf_counter() - started)
-                _log(log, step=step, loss=loss.item(), grad_norm=norm.item(), lr=rate, tokens_per_second=speed)
+                row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate}
+                row |= {name: value.item() for name, value in auxiliary.items()}
+                _log(log, **row, tokens_per_second=speed)
                 smooth = _smooth(smooth, loss.item())
                 bar.set_postfix_str(f"loss {smooth:.3f}", refresh=False)
                 bar.update(batch.numel())

@@ -1,8 +1,8 @@
 """An architecture outside of the tree that asks for all the room the spine has.
 
-Two leaky memories run side by side in each layer. Their initial state is learned. The first layer leaves its values for
-the layers above. The logits are soft-capped, training adds an auxiliary loss, the optimiser gets a group of its own,
-and the class has a name that transformers treats specially.
+Two leaky memories run side by side in each layer. Their initial state is learned. The first one in a model leaves its
+values for those above. The logits are soft-capped, training adds an auxiliary loss, the optimiser gets a group of its
+own, and the class has a name that transformers treats specially.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 
-from zoo import Plugin, RecurrentMixer, Tokens, ZooConfig, ZooForCausalLM, ZooModel, heads_of
+from zoo import AuxiliaryLoss, Plugin, RecurrentMixer, Tokens, ZooConfig, ZooForCausalLM, ZooModel, heads_of
 
 
 @strict
@@ -30,7 +30,8 @@ class Echo(RecurrentMixer):
         d = config.hidden_size
         self.v_proj, self.o_proj = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
         self.decay, self.start = nn.Parameter(torch.empty(1, d)), nn.Parameter(torch.empty(d))
-        self.share = nn.Parameter(torch.empty(d)) if layer_idx else None
+        has_echo_below = not {"echo", "echo_pair"}.isdisjoint(config.mixers[:layer_idx])
+        self.share = nn.Parameter(torch.empty(d)) if has_echo_below else None
 
     @classmethod
     def state_shapes(cls, config, layer_idx):
@@ -97,8 +98,9 @@ class RwkvMambaEchoForCausalLM(ZooForCausalLM, GenerationMixin):
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         return 30 * torch.tanh(super().compute_logits(hidden_states) / 30)
 
-    def auxiliary_loss(self, outputs) -> Tensor:
-        return 1e-3 * outputs.shared["first_values"].float().pow(2).mean() if self.training else None
+    def auxiliary_losses(self, outputs):
+        size = outputs.shared["first_values"].float().pow(2).mean()
+        return [*super().auxiliary_losses(outputs), AuxiliaryLoss("first_values", 1e-3, size)]
 
 
 _, RwkvMambaEchoForSequenceClassification, RwkvMambaEchoForTokenClassification = heads_of(RwkvMambaEchoModel)

@@ -67,6 +67,25 @@ def memory_gd_chunked(
     return y.transpose(1, 2)[:, :t], weights, surprise, anchor
 
 
+def forward(*inputs: Tensor | int | None) -> tuple[Tensor, ...]:
+    """The same as one node of a graph, whose outputs are contiguous and no views."""
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in memory_gd_chunked(*inputs))
+
+
+def backward(grads: list[Tensor], outputs: list[Tensor], *inputs: Tensor | int | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the tensors among the inputs, of which everything is computed again."""
+    count = len(inputs) - 2  # the last two are sizes
+    places = [i for i, x in enumerate(inputs[:count]) if x is not None and x.is_floating_point()]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        taken = dict(zip(places, tensors, strict=True))
+        return memory_gd_chunked(*(taken.get(i, x) for i, x in enumerate(inputs)))
+
+    _, pull_back = torch.func.vjp(run, *(inputs[i] for i in places))  # autograd is off inside of an operator
+    found = {i: grad.contiguous() for i, grad in zip(places, pull_back(tuple(grads)), strict=True)}
+    return tuple(found.get(i) for i in range(count))
+
+
 def _gradients(layers: list[Tensor], k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Of |M(k) - v|^2, for each layer (b h in out): its input (b h c in) and the gradient at its output (b h c out)."""
     inputs, slopes = [k], []

@@ -27,7 +27,8 @@ def short_conv_chunked(
         if starts is not None:
             earlier = earlier.masked_fill((age < lag)[..., None], 0.0)
         y = torch.addcmul(y, earlier, weights[kept - lag])
-    return y, keep_document(inputs[:, t:], starts, t - kept)
+    newest = inputs[:, t:].clone()  # a view would hold on to all of them
+    return y, keep_document(newest, starts, t - kept)
 
 
 def keep_document(inputs: Tensor, starts: Tensor | None, first: int | Tensor) -> Tensor:

@@ -5,7 +5,9 @@ same. A model with a memory that goes around a backbone is measured beside the p
 """
 
 import copy
+import importlib.util
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,20 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
+    JambaConfig,
     LlamaConfig,
     Mamba2Config,
     MambaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    RecurrentGemmaConfig,
     RwkvConfig,
     xLSTMConfig,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+import zoo
 from zoo.bench import cpu
 from zoo.bench.results import (
     PROVENANCE,
@@ -56,7 +62,7 @@ COLUMNS = (
 
 TRAINING, DECODING = "training step", "decoding"
 
-Models = tuple[PreTrainedModel, PreTrainedModel]
+Models = tuple[PreTrainedModel, nn.Module]
 """The zoo's and the other one."""
 
 _ROWS, _LENGTH = 2, 512  # of a training batch
@@ -90,7 +96,7 @@ def import_weights(theirs: PreTrainedModel) -> Models:
 
 @dataclass(frozen=True)
 class Pair:
-    """An architecture at about 25 million parameters, and what it is measured beside.
+    """An architecture, at about 25 million parameters where the other allows it, and what it is measured beside.
 
     Args:
         name: of the architecture.
@@ -101,6 +107,7 @@ class Pair:
         computes_the_same: whether losses, gradients and tokens have to agree.
         passes: which are measured.
         piece: tokens of a sequence that the other trains on, where a batch is cut into shorter ones for it.
+        package: what has to be installed for the other.
     """
 
     name: str
@@ -112,6 +119,7 @@ class Pair:
     computes_the_same: bool = True
     passes: tuple[str, ...] = (TRAINING, DECODING)
     piece: int | None = None
+    package: str | None = None
 
 
 def _mamba2() -> Mamba2Config:
@@ -142,6 +150,139 @@ def _xlstm() -> xLSTMConfig:
     )
 
 
+def _jamba() -> JambaConfig:
+    return JambaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=384,
+        intermediate_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_experts=8,
+        tie_word_embeddings=True,
+        router_aux_loss_coef=0.0,  # transformers leaves it out unless asked
+    )
+
+
+def _griffin() -> RecurrentGemmaConfig:
+    return RecurrentGemmaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=512,
+        num_hidden_layers=6,
+        intermediate_size=3072,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+    )
+
+
+_BACKBONE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "intermediate_size": 1376,
+    "tie_word_embeddings": True,
+}
+_SEGMENT = 128  # tokens
+
+
+def _armt() -> PreTrainedConfig:
+    return zoo.create_config(
+        "armt-tiny",
+        **_BACKBONE,
+        vocab_size=_VOCABULARY,
+        backbone_options={"num_attention_heads": 8},
+        segment_length=_SEGMENT,
+        num_memory_tokens=16,
+        d_mem=64,
+    )
+
+
+def _lm2() -> PreTrainedConfig:
+    return zoo.create_config(
+        "lm2-tiny",
+        **_BACKBONE,
+        vocab_size=_VOCABULARY,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        segment_length=_SEGMENT,
+        num_memory_slots=16,
+    )
+
+
+def make_with_backbone(config: PreTrainedConfig) -> Models:
+    """The zoo's model of a configuration, and the Transformer of the same sizes without the memory."""
+    backbone = zoo.create_model(
+        "transformer-tiny", **_BACKBONE, vocab_size=_VOCABULARY, num_attention_heads=8, num_key_value_heads=8
+    )
+    return AutoModelForCausalLM.from_config(config), backbone
+
+
+def _beside_backbone(name: str, config: Callable[[], PreTrainedConfig]) -> Pair:
+    """Training of a model with a memory beside its backbone, which trains on rows of a segment each."""
+    return Pair(
+        *(name, config, 0.6),
+        other="backbone",
+        make=make_with_backbone,
+        computes_the_same=False,
+        passes=(TRAINING,),
+        piece=_SEGMENT,
+    )
+
+
+def _titans() -> PreTrainedConfig:
+    """Small: titans-pytorch takes minutes for a step of 25 million parameters."""
+    return zoo.create_config(
+        "titans-tiny",
+        mixers=["titans_mac"],
+        num_hidden_layers=2,
+        vocab_size=256,
+        intermediate_size=341,
+        chunk_size=16,
+        segment_length=64,
+    )
+
+
+class TitansPytorch(nn.Module):
+    """titans-pytorch's memory as context at the sizes of a configuration, which writes its memory for every token."""
+
+    dtype = torch.float32
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        from titans_pytorch import MemoryAsContextTransformer, MemoryMLP  # noqa: PLC0415 (need not be installed)
+
+        width = config.hidden_size // config.num_attention_heads
+        sizes = {"heads": config.num_attention_heads, "dim_head": width}
+        self.inner = MemoryAsContextTransformer(
+            num_tokens=config.vocab_size,
+            dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            segment_len=config.segment_length,
+            num_persist_mem_tokens=config.num_persistent_tokens,
+            **sizes,
+            num_residual_streams=1,
+            neural_memory_segment_len=1,
+            neural_memory_batch_size=config.chunk_size,
+            neural_memory_model=MemoryMLP(dim=width, depth=2, expansion_factor=2.0),
+            neural_memory_kwargs=sizes,
+        )
+        for parameter in self.parameters():
+            parameter.data = parameter.data.clone()  # some are views that repeat, which no optimiser can write
+
+    def forward(self, tokens: Tensor, labels: Tensor, use_cache: bool) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(loss=self.inner(tokens, return_loss=True))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.inner.token_emb
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def make_with_titans_pytorch(config: PreTrainedConfig) -> Models:
+    """The zoo's model of a configuration, and titans-pytorch's of the same sizes."""
+    return AutoModelForCausalLM.from_config(config), TitansPytorch(config)
+
+
 PAIRS = (
     Pair(
         "llama",
@@ -161,6 +302,18 @@ PAIRS = (
         *("xlstm", _xlstm, 3, 1.5),
         make=lambda config: import_weights(transformers_xlstm().xLSTMForCausalLM(config)),
     ),
+    Pair("jamba", _jamba, 5, 5),
+    Pair("griffin", _griffin, 5, 5),
+    Pair(
+        *("titans", _titans, 5),
+        other="titans-pytorch",
+        make=make_with_titans_pytorch,
+        computes_the_same=False,
+        passes=(TRAINING,),
+        package="titans_pytorch",
+    ),
+    _beside_backbone("armt", _armt),
+    _beside_backbone("lm2", _lm2),
 )
 
 
@@ -219,7 +372,7 @@ def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | Non
     source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
     before = read_csv(output, COLUMNS) if output else []
     rows: list[Row] = []
-    pairs = [pair for pair in PAIRS if not names or pair.name in names]
+    pairs = [pair for pair in PAIRS if (not names or pair.name in names) and _can_run(pair)]
     try:
         for pair in (bar := tqdm(pairs, unit="model", leave=False)):
             bar.set_description(pair.name)
@@ -233,6 +386,13 @@ def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | Non
             print(_format(rows))
     if wrong := Counter(row["model"] for row in rows if "milliseconds" not in row):
         raise ValueError(f"{', '.join(wrong)}: no time where the two models differ too much")
+
+
+def _can_run(pair: Pair) -> bool:
+    if pair.package is None or importlib.util.find_spec(pair.package) is not None:
+        return True
+    print(f"zoo: {pair.name} is left out: {pair.other} is not installed", file=sys.stderr)
+    return False
 
 
 def _measure(pair: Pair, which: str, repeats: int, source: Row) -> list[Row]:

@@ -297,7 +297,7 @@ PAIRS = (
     ),
     Pair("mamba", lambda: MambaConfig(vocab_size=_VOCABULARY, hidden_size=512, num_hidden_layers=12), 6, 1.5),
     Pair("mamba2", _mamba2, 3, 1.5),
-    Pair("rwkv4", lambda: RwkvConfig(vocab_size=_VOCABULARY, hidden_size=512, num_hidden_layers=6), 5, 1.5),
+    Pair("rwkv4", lambda: RwkvConfig(vocab_size=_VOCABULARY, hidden_size=384, num_hidden_layers=12), 5, 1.5),
     Pair(
         *("xlstm", _xlstm, 3, 1.5),
         make=lambda config: import_weights(transformers_xlstm().xLSTMForCausalLM(config)),

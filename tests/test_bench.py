@@ -9,7 +9,7 @@ import torch
 
 import zoo.ops
 from zoo import bench
-from zoo.bench import models, results
+from zoo.bench import models, pairs, results
 from zoo.bench.workload import CPU_FORMS, known_ops, workloads_of
 from zoo.cli import main
 
@@ -171,8 +171,9 @@ def test_models_agree_and_rows_are_whole(name, tmp_path, monkeypatch, capsys):
 
     config = small if pair.other == "transformers" else pair.config
     monkeypatch.setattr(models, "PAIRS", (replace(pair, config=config, piece=pair.piece and 10),))
-    for constant, value in {"_ROWS": 1, "_LENGTH": 20, "_PROMPT": 4, "_NEW": 3, "_VOCABULARY": 211}.items():
+    for constant, value in {"_ROWS": 1, "_LENGTH": 20, "_PROMPT": 4, "_NEW": 3}.items():
         monkeypatch.setattr(models, constant, value)
+    monkeypatch.setattr(pairs, "_VOCABULARY", 211)
     output = tmp_path / "models.csv"
     models.bench_models([name], 1, output)
     with output.open() as file:

@@ -23,7 +23,7 @@ test: .venv/installed-test
 test-slow: .venv/installed-test
 	$(PYTEST) -m slow
 	ZOO_KERNELS=chunked $(PYTEST) tests/test_contract.py
-	ZOO_KERNELS=reference $(PYTEST) tests/test_contract.py
+	ZOO_KERNELS=reference $(PYTEST) tests/test_contract.py -k "not compiled"
 	ZOO_KERNELS=triton TRITON_INTERPRET=1 $(PYTEST) tests/test_contract.py -k "$(INTERPRETED)"
 
 lint: .venv/installed-test

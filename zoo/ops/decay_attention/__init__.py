@@ -162,6 +162,7 @@ def normalized_decay_attention(
     dtype = _check_normalized(*tensors)
     form = choose(OP.name, OP.forms, q.device, dtype, kernels).backend
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    # In decoding the operations below cost more than the op: there C++ does them too.
     is_step = q.shape[1] == 1 and starts is None and form == "native" and is_plain_call(tensors) and not needs_gradient
     if form == "reference" or is_step:
         *inputs, matrix, normalizer, maximum = (x.to(dtype) for x in tensors)

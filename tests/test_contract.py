@@ -16,6 +16,7 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -348,18 +349,53 @@ def test_packing(name, dtype, mask):
         assert_same_gradients(together, gradients(model))
 
 
+STREAM = [[13, 1, 24, 4, 8], [26, 14, 1, 9]]
+WINDOWS = [14, 12, 1, 13, 10]  # a document goes on in both rows, or starts in one of them, or in both
+
+
 @promise
-def test_packed_rows_are_not_cached(name):
-    model, row = make(name), ids(1, 6)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    for kwargs in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
-        with pytest.raises(ValueError, match="use_cache=False"):
-            model(row, position_ids=positions, **kwargs)
-    cache = model(row, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="use a new cache"):
-        model(row, position_ids=torch.arange(6)[None], past_key_values=cache)
+def test_documents_in_windows(name):
+    """A stream of packed documents, cut anywhere, gives what each document gives alone, if every layer is recurrent.
+
+    Logits, the state that is left of the last document, and gradients, which go back through all windows.
+    """
+    model, tokens = make(name, torch.float64), ids(2, sum(WINDOWS))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in STREAM])
+    cache, logits = DynamicCache(config=model.config), []
+    windows = list(zip(tokens.split(WINDOWS, dim=1), positions.split(WINDOWS, dim=1), strict=True))
+    if set(model.config.layer_types) != {RECURRENT}:
+        for kwargs in ({"use_cache": True}, {"past_key_values": cache}):
+            with pytest.raises(ValueError, match="use_cache=False"):
+                model(tokens, position_ids=positions, **kwargs)
+        model(tokens, past_key_values=cache)
+        with pytest.raises(ValueError, match="use a new cache"):
+            model(tokens[:, :6], position_ids=torch.arange(6)[None], past_key_values=cache)
+        return
+    for window, places in windows:
+        logits.append(model(window, position_ids=places, past_key_values=cache).logits)
+    alone = [[model(x[None], use_cache=True) for x in row.split(n)] for row, n in zip(tokens, STREAM, strict=True)]
+    logits = torch.cat(logits, dim=1)
+    expected = torch.cat([torch.cat([out.logits for out in row], dim=1) for row in alone])
+    assert_close(logits, expected, "logits")
+    last = zip(*(state_tensors(row[-1].past_key_values) for row in alone), strict=True)
+    for state, rows in zip(state_tensors(cache), last, strict=True):
+        assert_close(state.double(), torch.cat(rows).double(), "state")
+    weight = torch.randn(expected.shape, dtype=expected.dtype)
+    (logits * weight).sum().backward()
+    found = gradients(model)
+    model.zero_grad()
+    (expected * weight).sum().backward()
+    assert_same_gradients(found, gradients(model))
+
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="records takes one document a row"):
+        model(tokens, position_ids=positions, past_key_values=cache)
+
+
+@promise
+def test_packed_rows_are_told_by_their_positions(name):
     with pytest.raises(ValueError, match="position_ids"):
-        model(row, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+        make(name)(ids(1, 6), seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
 
 
 # -- gradients through a carried state ---------------------------------------------------------------------------------
@@ -376,6 +412,23 @@ def test_carried_state_carries_gradients(name, dtype):
     logits, _ = in_pieces(model, tokens, [20, 1, 30, LENGTH - 51])
     logits.pow(2).mean().backward()
     assert_same_gradients(gradients(model), expected)
+
+
+@promise
+def test_detached_state_carries_values_alone(name):
+    model, tokens = make(name), ids(2, 30)
+    expected = model(tokens).logits[:, 20:]
+    embeds = model.get_input_embeddings()(tokens[:, :20]).detach().requires_grad_()
+    for detached in (False, True):
+        cache = DynamicCache(config=model.config)
+        zoo.detach_state(cache)  # an empty one too
+        model(inputs_embeds=embeds, past_key_values=cache)
+        if detached:
+            zoo.detach_state(cache)
+        logits = model(tokens[:, 20:], past_key_values=cache).logits
+        assert_close(logits, expected)
+        (gradient,) = torch.autograd.grad(logits.pow(2).sum(), embeds, allow_unused=True)
+        assert (gradient is None) is detached
 
 
 @promise
@@ -485,6 +538,42 @@ def test_labels_with_ignored_positions(name):
     out = model(tokens, labels=labels)
     predicted, target = out.logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1)
     assert_close(out.loss, torch.nn.functional.cross_entropy(predicted[target != -100], target[target != -100]))
+
+
+def _loss_in_float64(logits, labels, num_items_in_batch=None, shift_labels=None, **unused) -> Tensor:
+    """transformers' loss, but for the logits, which that rounds to float32."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@promise
+def test_loss_without_logits(name):
+    """It comes straight from the hidden states, with all gradients and auxiliary losses, and is the same."""
+    model, tokens = make(name, torch.float64).train(), ids(2, 24)
+    model.loss_function = _loss_in_float64
+    packed = {"labels": tokens, "position_ids": torch.arange(24).remainder(10)[None].expand(2, -1)}
+    shifted = {"shift_labels": ids(2, 24, seed=1).index_fill(1, torch.arange(3, 9), -100), "num_items_in_batch": 50}
+    for kwargs in (packed | {"z_loss": 0.1}, shifted | {"z_loss": 0.1}, shifted):
+        expected = model(tokens, **kwargs)
+        expected.loss.backward()
+        wanted = gradients(model)
+        model.zero_grad()
+        out = model(tokens, **kwargs, skip_logits=True)
+        assert out.logits is None
+        assert_close(out.loss, expected.loss)
+        assert out.aux_loss == expected.aux_loss
+        out.loss.backward()
+        assert_same_gradients(gradients(model), wanted)
+        model.zero_grad()
+
+
+def test_skipped_logits_leave_a_loss():
+    model, tokens = make(NAMES[0]), ids(1, 5)
+    with pytest.raises(ValueError, match="pass labels or shift_labels"):
+        model(tokens, skip_logits=True)
+    with pytest.raises(ValueError, match="none for logits_to_keep"):
+        model(tokens, labels=tokens, skip_logits=True, logits_to_keep=1)
 
 
 @promise

@@ -1,13 +1,15 @@
 """Liger-Kernel is used where it should be: on a GPU, where it is installed, outside of compiled graphs.
 
 There need be no GPU: what runs on one is pretended. Triton's interpreter runs Liger's cross entropy, not its norm and
-gate (it hands kernels numbers of Python, which those convert), so these two are stood in for.
+gate (it hands kernels numbers of Python, which those convert), so these two are stood in for; and so is the hyperbolic
+tangent, which comes from a library of the GPU's.
 """
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton.language as tl
 from torch.nn import functional as F
 
 import zoo
@@ -72,8 +74,16 @@ def test_where_it_runs(monkeypatch):
         assert liger.choose_liger("cuda") == ("torch", "'reference' was asked for")
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_cross_entropy_equals_ours(monkeypatch, bias):
+class Number(float):
+    """A number that Liger's kernel can convert in Triton's interpreter."""
+
+    def to(self, dtype):
+        return self
+
+
+@pytest.mark.parametrize(("bias", "soft_cap"), [(False, None), (True, None), (True, Number(1.5))])
+def test_cross_entropy_equals_ours(monkeypatch, bias, soft_cap):
+    monkeypatch.setattr("liger_kernel.ops.cross_entropy.tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
     monkeypatch.setattr(
         cross_entropy_module,
         "choose_liger",
@@ -85,12 +95,15 @@ def test_cross_entropy_equals_ours(monkeypatch, bias):
     labels[::5] = -100
 
     def run(kernels):
-        arguments = {"bias": inputs[2] if bias else None, "z_loss": 0.01, "num_items": 5, "kernels": kernels}
+        arguments = {"z_loss": 0.01, "soft_cap": soft_cap, "num_items": 5, "kernels": kernels}
+        arguments["bias"] = inputs[2] if bias else None
         loss = cross_entropy_module.linear_cross_entropy(x, weight, labels, **arguments)
         return [loss, *torch.autograd.grad(3 * loss, inputs)]
 
     for found, expected in zip(run("auto"), run("reference"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="soft_cap must be positive, got 0"):
+        cross_entropy_module.linear_cross_entropy(x, weight, labels, soft_cap=0)
     labels[0] = 50
     with pytest.raises(ValueError, match="label 50 is out of range"):
         run("auto")

@@ -289,7 +289,7 @@ def test_cross_entropy_is_a_well_behaved_operator():
     x, weight, bias = torch.randn(7, 5), torch.randn(11, 5), torch.randn(11)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     labels = torch.tensor([1, 2, -100, 3, 10, 0, 4])
-    torch.library.opcheck(torch.ops.zoo.linear_cross_entropy.default, (*inputs, labels, -100, 0.1, [True] * 3))
+    torch.library.opcheck(torch.ops.zoo.linear_cross_entropy.default, (*inputs, labels, -100, 0.1, 2.0, [True] * 3))
 
 
 def recorded_operator_calls(op: str, run) -> list[tuple]:

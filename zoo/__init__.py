@@ -1,6 +1,6 @@
 """The zoo: every sequence architecture as a first-class Hugging Face model. Importing it registers them all."""
 
-from zoo.cache import load_state, save_state
+from zoo.cache import detach_state, load_state, save_state
 from zoo.config import ZooConfig
 from zoo.convert import export_checkpoint, import_checkpoint
 from zoo.inspection import KernelUse, ModelSummary, kernel_report, state_bytes, summarize
@@ -24,6 +24,7 @@ __all__ = [
     "ZooModel",
     "create_config",
     "create_model",
+    "detach_state",
     "export_checkpoint",
     "heads_of",
     "import_checkpoint",

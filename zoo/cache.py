@@ -105,6 +105,14 @@ class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             for buffer in (*self._buffers, self.cumulative_length):
                 torch._dynamo.mark_static_address(buffer)
 
+    def detach(self) -> None:
+        """Cut the gradient: what follows is not differentiated through what was read so far."""
+        if self.is_static:
+            for buffer in self._buffers or ():
+                buffer.detach_()
+        elif self.states is not None:
+            self.states = tuple(state.detach() for state in self.states)
+
     # -- going back ----------------------------------------------------------------------------------------------------
 
     def activate_past_recording(self) -> None:
@@ -240,6 +248,19 @@ def recurrent_mask(inputs_embeds: Tensor, attention_mask: Tensor | None, **unuse
 # transformers has a hook for dynamic caches (`_layer_type`); for static ones and masks the tables are the interface.
 STATIC_LAYER_TYPE_MAPPING[RECURRENT] = RecurrentStateLayer
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[RECURRENT] = recurrent_mask
+
+
+def detach_state(cache: Cache) -> None:
+    """Cut the gradient between windows: truncated backpropagation through time carries values on, not derivatives.
+
+    Args:
+        cache: what a forward call returned as `past_key_values`; it is changed in place.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, RecurrentStateLayer):
+            layer.detach()
+        elif layer.is_initialized:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 
 # -- state files -------------------------------------------------------------------------------------------------------

@@ -134,11 +134,90 @@ class ZooConfig(PreTrainedConfig):
         fields.pop("kernels", None)  # a choice of this machine, not of the model
         return fields
 
+    @property
+    def soft_cap(self) -> float | None:
+        """The bound that the logits approach, c in c tanh(x / c); None: they have none."""
+        return None
+
     def fill_defaults(self) -> None:
         """Fill the fields that are None from others."""
 
     def validate_layer_type(self):
         """The spine's own layer types are valid; transformers' list of names does not know them."""
+
+
+# -- softmax attention -------------------------------------------------------------------------------------------------
+
+
+@strict
+class GroupedQueryConfig(ZooConfig):
+    """The heads of grouped-query attention (arXiv:2305.13245); a configuration class derives from it.
+
+    Args:
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads, each for a group of query heads. Default: one a query head.
+        head_dim: width of a head. Default: hidden_size / num_attention_heads.
+    """
+
+    sizes = (*ZooConfig.sizes, "num_attention_heads", "num_key_value_heads", "head_dim")
+
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+
+    def fill_defaults(self):
+        super().fill_defaults()
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def validate_heads(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if (window := getattr(self, "sliding_window", None)) is not None and window < 2:
+            raise ValueError(f"sliding_window counts the token itself, so it is at least 2; got {window}")
+
+
+@strict
+class AttentionConfig(GroupedQueryConfig):
+    """What the mixer `attention` reads; `sliding_attention` reads `sliding_window` besides.
+
+    Args:
+        attention_bias: whether the four projections of attention have biases.
+        attention_dropout: rate of dropout on the attention weights in training.
+    """
+
+    base_model_tp_plan = {
+        "layers.*.mixer.q_proj": "colwise",
+        "layers.*.mixer.k_proj": "colwise",
+        "layers.*.mixer.v_proj": "colwise",
+        "layers.*.mixer.o_proj": "rowwise",
+        "layers.*.channel_mixer.gate_proj": "colwise",
+        "layers.*.channel_mixer.up_proj": "colwise",
+        "layers.*.channel_mixer.down_proj": "rowwise",
+    }
+
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+
+
+@strict
+class RotaryAttentionConfig(AttentionConfig):
+    """Attention with a rotary embedding (arXiv:2104.09864).
+
+    Args:
+        max_position_embeddings: longest sequence the embedding is meant for; a plain one does not enforce it.
+        rope_parameters: the embedding, in transformers' form.
+    """
+
+    max_position_embeddings: int = 2048
+    rope_parameters: dict | None = None
+
+    def fill_defaults(self):
+        super().fill_defaults()
+        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
 
 
 # -- mixers that bring their fields along ------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torc
     return sum(keeper.state_bytes(own, layer_idx, length, dtype) for keeper, own, layer_idx in config.keepers())
 
 
+def state_grows(config: PreTrainedConfig) -> bool:
+    """Whether the state of a sequence grows with its length, as where a layer attends to everything."""
+    return state_bytes(config, 1) != state_bytes(config, 2)
+
+
 class ModelSummary(NamedTuple):
     """Figures of a preset; parameters are exact, a tied head counts as embedding."""
 
@@ -56,15 +61,20 @@ def summarize(name: str) -> ModelSummary:
     """
     with torch.device("meta"):
         model = registry.create_model(name)
-    tables = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())}
     return ModelSummary(
         name=name,
         model_type=model.config.model_type,
         mixers=model.config.mixers,
         parameters=model.num_parameters(),
-        embedding_parameters=sum(weight.numel() for weight in tables.values()),
+        embedding_parameters=embedding_parameters(model),
         paper=registry.find_preset(name).paper,
     )
+
+
+def embedding_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a causal language model's embedding and head, which count once where they are tied."""
+    tables = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return sum(weight.numel() for weight in tables.values())
 
 
 class KernelUse(NamedTuple):
@@ -120,12 +130,16 @@ def architecture_table() -> list[str]:
             ", ".join(f"`{mixer}`" for mixer in offered) or "-" for offered in (plugin.mixers, plugin.channel_mixers)
         )
         states = [_state_in_words(registry.create_config(preset)) for preset in plugin.presets]
-        number = plugin.paper.removeprefix("arXiv:")
-        link = f"[{number}](https://arxiv.org/abs/{number})" if number != plugin.paper else plugin.paper
-        state = ", ".join(dict.fromkeys(states))
+        link, state = paper_link(plugin.paper), ", ".join(dict.fromkeys(states))
         rows.append(f"| [{name}](plugins/{name}) | {link} | {models} | {mixers} | {channel_mixers} | {state} |")
     return rows
 
 
+def paper_link(paper: str) -> str:
+    """A plugin's paper in Markdown: a link where it is on arXiv, else as it is."""
+    number = paper.removeprefix("arXiv:")
+    return f"[{number}](https://arxiv.org/abs/{number})" if number != paper else paper
+
+
 def _state_in_words(config: PreTrainedConfig) -> str:
-    return "constant" if state_bytes(config, 1) == state_bytes(config, 2) else "grows with the length"
+    return "grows with the length" if state_grows(config) else "constant"

@@ -35,6 +35,8 @@ class Tokens:
     """(b t) bool, False at padding; None: no padding."""
     segments: Tensor | None = None
     """(b t) ids of the documents packed in a row, one after the other; None: one document a row."""
+    starts_anew: Tensor | None = None
+    """(b) bool, rows whose first document starts with this call, though they have a state; None: no row."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of the rotary embedding at `positions`, each (b|1 t r)."""
     attention_masks: dict[str, Any] = field(default_factory=dict)
@@ -43,8 +45,17 @@ class Tokens:
     """What the caller passed on to the attention implementation."""
     order: Tensor | None = None
     """(b t), set where padding was moved behind: which column now stands at each place."""
-    left_aligned: "Tokens | None" = None
-    """The same tokens with padding moved behind, worked out once for all layers; themselves where there is none."""
+    moved: "Tokens | None" = None
+    """`left_aligned` where that is not these tokens: nothing holds itself, as FSDP looks through all that is passed."""
+
+    @property
+    def left_aligned(self) -> "Tokens":
+        """The same tokens with padding moved behind, worked out once for all layers; themselves where there is none."""
+        return self if self.moved is None else self.moved
+
+    @left_aligned.setter
+    def left_aligned(self, tokens: "Tokens") -> None:
+        self.moved = None if tokens is self else tokens
 
     def align_left(self) -> "Tokens":
         """These tokens as `scan` sees them: in each row the real ones first, in their order."""
@@ -70,6 +81,28 @@ class Tokens:
         """(b t ...) in the order of these tokens -> the caller's order."""
         return x if self.order is None else torch.empty_like(x).scatter(1, _expand_index(self.order, x), x)
 
+    def places(self, before: Tensor, t: int) -> Tensor:
+        """How many tokens each of t has before it in its document, (b t), if padding stands behind.
+
+        Args:
+            before: (b), how many tokens the first document of each row had before.
+        """
+        rank = torch.arange(t, device=before.device)
+        if self.segments is None:
+            return before[:, None] + rank
+        starts = torch.diff(self.segments, dim=1, prepend=self.segments[:, :1]) != 0
+        start = torch.where(starts, rank, -1).cummax(dim=1).values
+        return torch.where(start < 0, before[:, None] + rank, rank - start)
+
+    def count_last(self, before: Tensor, t: int) -> Tensor:
+        """How many tokens the last document of each row has after t, (b); otherwise as `places`."""
+        lengths = t if self.mask is None else self.mask.sum(dim=1)
+        if self.segments is None:
+            return before + lengths
+        lengths = torch.as_tensor(lengths, device=before.device).expand_as(before)
+        last = self.places(before, t).gather(1, (lengths - 1).clamp(min=0)[:, None])
+        return torch.where(lengths > 0, last[:, 0] + 1, before)
+
     def columns(self, start: int, stop: int) -> "Tokens":
         """The tokens of some columns, in the caller's order, without the masks of attention: those are of the call."""
         part = replace(
@@ -93,13 +126,7 @@ class Tokens:
                 return tuple(map(move, value))
             return value.to(*args, **kwargs) if hasattr(value, "to") else value
 
-        alone = self.left_aligned is self
-        moved = {
-            item.name: getattr(self, item.name) for item in fields(self) if not (alone and item.name == "left_aligned")
-        }
-        tokens = Tokens(**move(moved))
-        tokens.left_aligned = tokens if alone else tokens.left_aligned
-        return tokens
+        return Tokens(**move({item.name: getattr(self, item.name) for item in fields(self)}))
 
     def as_inputs(self, x: Tensor) -> dict[str, Tensor]:
         """`x` (b t d) and all that a recurrence reads of these tokens, each (b t ...)."""
@@ -132,6 +159,11 @@ class AuxiliaryLoss(NamedTuple):
 
 def _expand_index(order: Tensor, x: Tensor) -> Tensor:
     return order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x)
+
+
+def choose_rows(rows: Tensor, new: State, old: State) -> State:
+    """Of each row of two states `new` where `rows`, (b) bool, else `old`."""
+    return tuple(torch.where(rows.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True))
 
 
 class Mixer(nn.Module):
@@ -213,7 +245,8 @@ class RecurrentMixer(Mixer):
             tokens: positions, padding (behind the real tokens) and documents.
 
         Returns:
-            The mixed activations, (b t d), and the state after the last real token of each row.
+            The mixed activations, (b t d), and the state after the last real token of each row, which is that of the
+            document it stands in.
         """
         raise NotImplementedError
 
@@ -237,6 +270,10 @@ class RecurrentMixer(Mixer):
             for shape, dtype in self.state_shapes(self.config, self.layer_idx).values()
         )
 
+    def restart(self, rows: Tensor, state: State, x: Tensor) -> State:
+        """The state with that of some rows, (b) bool, set back to the initial one, for activations `x` (b t d)."""
+        return choose_rows(rows, self.initial_state(x), state)
+
     def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
         if cache is None:
             y, _, shared = self._run(x, shared, tokens, None)
@@ -251,7 +288,10 @@ class RecurrentMixer(Mixer):
     def _run(self, x: Tensor, shared: Shared, tokens: Tokens, state: State | None) -> tuple[Tensor, State, Shared]:
         """Call `scan_shared` with padding moved behind, and give everything back in the caller's order."""
         aligned = tokens.left_aligned
-        state = self.initial_state(x) if state is None else state
+        if state is None:
+            state = self.initial_state(x)
+        elif tokens.starts_anew is not None:
+            state = self.restart(tokens.starts_anew, state, x)
         y, state, left = self.scan_shared(
             aligned.gather(x), state, aligned, {name: aligned.gather(value) for name, value in shared.items()}
         )

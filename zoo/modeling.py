@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.modeling_layers import (
@@ -28,7 +29,7 @@ from zoo import registry
 from zoo.cache import RECURRENT, RecurrentStateLayer, recurrent_mask
 from zoo.config import NO_MIXER, ZooConfig
 from zoo.mixer import AuxiliaryLoss, Mixer, Shared, Tokens
-from zoo.nn import Linear, RMSNorm, RotaryEmbedding, ShortConv, SoftmaxAttention
+from zoo.nn import LanguageModelHead, RMSNorm, RotaryEmbedding, ShortConv, SoftmaxAttention, soft_cap
 
 
 class Block(GradientCheckpointingLayer):
@@ -165,13 +166,16 @@ class ZooModel(ZooPreTrainedModel):
             attention_mask: (b past+t), 0 at padding, which may stand anywhere; None: no padding, past and present.
             position_ids: (b t), place of each token in its document. Where it does not go on by one within a call, a
                 new document starts, and the two do not see each other. None: counted from the mask or the cache.
-            past_key_values: the cache to continue from; it is advanced in place.
+            past_key_values: the cache to continue from; it is advanced in place. The first document of a row goes on
+                from it, or starts anew if its first position is 0; what is kept of a row is its last document. So a
+                stream of documents may be read in windows, if every layer is recurrent.
             inputs_embeds: (b t d).
             use_cache: whether to return a cache. None: in evaluation, as the config says, unless rows are packed.
             kwargs: options of the attention implementation.
 
         Raises:
-            ValueError: if arguments contradict each other; a packed row cannot be cached, for example.
+            ValueError: if arguments contradict each other; packed rows cannot be cached, for example, where the state
+                of a layer grows with the length.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -187,15 +191,15 @@ class ZooModel(ZooPreTrainedModel):
         if x.shape[1] == 0:
             raise ValueError("there are no tokens to read: the sequences have length 0")
         self._check_cache(past_key_values, x.shape[0])
-        # A graph cannot depend on values: while compiling, rows may be packed unless a cache says that they are not.
-        may_be_packed = not (is_torchdynamo_compiling() and (past_key_values is not None or use_cache))
+        is_cached = past_key_values is not None or bool(use_cache)
+        # A graph cannot depend on values: while compiling, rows may be packed, but for generation.
+        may_be_packed = not (is_torchdynamo_compiling() and is_cached) or (self.training and self._is_recurrent)
         tokens = self._read_tokens(x, attention_mask, position_ids, past_key_values, may_be_packed, kwargs)
-        is_packed = tokens.segments is not None
-        if is_packed and (past_key_values is not None or use_cache):
-            raise ValueError("position_ids pack several documents in a row, and a cache carries one: use_cache=False")
+        if is_cached:
+            self._check_documents(tokens, past_key_values)
         if past_key_values is None:
             if use_cache is None:
-                use_cache = self.config.use_cache and not self.training and not is_packed
+                use_cache = self.config.use_cache and not self.training and tokens.segments is None
             past_key_values = DynamicCache(config=self.config) if use_cache else None
         x, shared = self.run_layers(x, tokens, past_key_values)
         return ZooModelOutput(
@@ -234,6 +238,24 @@ class ZooModel(ZooPreTrainedModel):
             if isinstance(layer, RecurrentStateLayer) and layer.states and len(layer.states[0]) != batch_size:
                 raise ValueError(f"the cache carries {len(layer.states[0])} rows, the call has {batch_size}")
 
+    @property
+    def _is_recurrent(self) -> bool:
+        """Whether no layer's state grows with the length."""
+        return set(self.config.layer_types) == {RECURRENT}
+
+    def _check_documents(self, tokens: Tokens, cache: Cache | None) -> None:
+        """Raise where a cache does not take the documents of a call."""
+        if tokens.segments is None and tokens.starts_anew is None:
+            return
+        if not self._is_recurrent and tokens.starts_anew is not None:
+            raise ValueError("position_ids start a new document in a row whose cache holds another: use a new cache")
+        if not self._is_recurrent:
+            raise ValueError(
+                "position_ids pack several documents in a row, and attention's cache carries one: use_cache=False"
+            )
+        if cache is not None and any(layer.record_past for layer in cache.layers):
+            raise ValueError("a cache that records takes one document a row: position_ids start another one")
+
     # -- reading the arguments -----------------------------------------------------------------------------------------
 
     def _read_tokens(
@@ -264,9 +286,11 @@ class ZooModel(ZooPreTrainedModel):
         tokens = Tokens(positions, mask=mask, attention_options=options | {"position_ids": position_ids})
         if self.rotary is not None:
             tokens.rotary = self.rotary(x, positions)
-        if position_ids is not None and t > 1 and may_be_packed and not made_by_generate:
-            tokens.segments = _find_segments(positions.expand(b, -1), mask)
-            _check_continuation(tokens, padding, past)
+        if position_ids is not None and may_be_packed and not made_by_generate:
+            if t > 1:
+                tokens.segments = _find_segments(positions.expand(b, -1), mask)
+            if cache is not None:
+                tokens.starts_anew = _find_restarts(positions.expand(b, -1), mask, padding, past)
         tokens.left_aligned = tokens.align_left()
         tokens.attention_masks = (
             attention_mask if made_by_generate else self._make_masks(x, attention_mask, tokens, cache)
@@ -315,15 +339,17 @@ def _checked_mask(mask: Tensor | None, b: int, t: int, past: int | Tensor) -> Te
     return mask
 
 
-def _check_continuation(tokens: Tokens, padding: Tensor | None, past: int | Tensor) -> None:
-    """Raise if a row that has read tokens starts anew: a cache carries one document a row."""
-    if is_torchdynamo_compiling() or not isinstance(past, int) or past == 0:
-        return
-    starts_anew = tokens.align_left().positions[:, 0] == 0
-    if padding is not None:  # rows that are all padding before, or now, have nothing to contradict
-        starts_anew = starts_anew & padding[:, :past].any(dim=1) & padding[:, past:].any(dim=1)
-    if starts_anew.any():
-        raise ValueError("position_ids start a new document in a row whose cache holds another: use a new cache")
+def _find_restarts(positions: Tensor, mask: Tensor | None, padding: Tensor | None, past: int | Tensor) -> Tensor | None:
+    """Which rows start a new document though they have read tokens, (b) bool; None: no row."""
+    aligned = Tokens(positions, mask=mask).align_left()
+    starts = aligned.positions[:, 0] == 0
+    if aligned.mask is not None:
+        starts = starts & aligned.mask[:, 0]
+    if is_torchdynamo_compiling():
+        return starts
+    if padding is not None:
+        starts = starts & padding[:, : int(past)].any(dim=1)
+    return starts if past > 0 and starts.any() else None
 
 
 def _find_segments(positions: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -364,12 +390,14 @@ class ZooForCausalLM(ZooPreTrainedModel):
     def __init__(self, config: ZooConfig):
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config)
+        self.soft_cap = config.soft_cap
         self.post_init()
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """(b t d) -> (b t vocabulary); the place for a soft-cap."""
-        return self.lm_head(hidden_states)
+        """(b t d) -> (b t vocabulary). A model that overrides this has its loss from logits, skipped or not."""
+        logits = self.lm_head(hidden_states)
+        return logits if self.soft_cap is None else soft_cap(logits, self.soft_cap)
 
     def auxiliary_losses(self, outputs: ZooModelOutput) -> list[AuxiliaryLoss]:
         """What training adds to the loss of the labels: what the mixers ask for."""
@@ -390,6 +418,11 @@ class ZooForCausalLM(ZooPreTrainedModel):
         has_keys = set(self.config.layer_types) != {RECURRENT}
         return super()._get_static_cache_init_shape() if has_keys else None
 
+    def _head_gives_loss(self) -> bool:
+        """Whether nothing stands between the hidden states and the logits that `lm_head` does not know of."""
+        is_own = isinstance(self.lm_head, LanguageModelHead) and self.tp_size is None
+        return is_own and type(self).compute_logits is ZooForCausalLM.compute_logits
+
     @can_return_tuple
     def forward(
         self,
@@ -401,6 +434,8 @@ class ZooForCausalLM(ZooPreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        z_loss: float = 0.0,
         **kwargs,
     ) -> ZooCausalLMOutput:
         """Logits, and the mean loss of predicting `labels`; in training the auxiliary losses are added to it.
@@ -409,9 +444,25 @@ class ZooForCausalLM(ZooPreTrainedModel):
             labels: (b t), the input ids themselves (the shift is made here); -100 is not predicted, and neither is
                 the first token of a document that `position_ids` pack behind another.
             logits_to_keep: how many of the last positions get logits; 0 means all. Or the indices of the positions.
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs:
+            skip_logits: give the loss only, which then needs no memory for the logits of all tokens; where something
+                stands between head and logits (an adapter, tensor parallelism, a `compute_logits` of the model) they
+                are computed and dropped.
+            z_loss: weight of the squared log-normaliser of the logits, averaged like the loss and added to it
+                (arXiv:2204.02311, section 5).
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
                 as for `ZooModel.forward`.
+            kwargs: `shift_labels`, (b t), in place of labels what each position is to predict, -100 nothing;
+                `num_items_in_batch`, what the sum over the predicted tokens is divided by, in place of their number;
+                and as for `ZooModel.forward`.
+
+        Raises:
+            ValueError: as `ZooModel.forward`; if logits are skipped and there is nothing to predict, or some of them
+                are to be kept.
         """
+        if skip_logits and labels is None and kwargs.get("shift_labels") is None:
+            raise ValueError("skip_logits leaves the loss only: pass labels or shift_labels")
+        if skip_logits and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("skip_logits gives no logits, so there are none for logits_to_keep")
         outputs: ZooModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -421,19 +472,25 @@ class ZooForCausalLM(ZooPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.compute_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = aux_loss = aux_losses = None
-        if labels is not None:
-            if outputs.segments is not None:  # the end of one document does not predict the start of the next
-                starts = torch.diff(outputs.segments, dim=1, prepend=outputs.segments[:, :1]) != 0
-                labels = labels.masked_fill(starts, -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training and (found := self.auxiliary_losses(outputs)):
-                aux_loss, aux_losses = _add_up(found, loss.device)
-                loss = loss + aux_loss * _share_of_step(labels, **kwargs)
+        if labels is not None and outputs.segments is not None:  # the end of a document does not predict the next
+            starts = torch.diff(outputs.segments, dim=1, prepend=outputs.segments[:, :1]) != 0
+            labels = labels.masked_fill(starts, -100)
+        targets = _targets(labels, **kwargs)
+        logits = loss = aux_loss = aux_losses = None
+        if skip_logits and self._head_gives_loss():
+            options = {"z_loss": z_loss, "soft_cap": self.soft_cap, "num_items": kwargs.get("num_items_in_batch")}
+            loss = self.lm_head(outputs.last_hidden_state, targets, **options)
+        else:
+            logits = self.compute_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if targets is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                loss = loss + z_loss * _mean_square_normalizer(logits, targets, **kwargs) if z_loss else loss
+        if targets is not None and self.training and (found := self.auxiliary_losses(outputs)):
+            aux_loss, aux_losses = _add_up(found, loss.device)
+            loss = loss + aux_loss * _share_of_step(targets, **kwargs)
         return ZooCausalLMOutput(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -451,18 +508,26 @@ def _add_up(losses: list[AuxiliaryLoss], device: torch.device) -> tuple[Tensor, 
     return total, {name: sum(x.value.detach() for x in same) / len(same) for name, same in by_name.items()}
 
 
-def _share_of_step(
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
-    **unused,
-) -> Tensor | float:
+def _targets(labels: Tensor | None, shift_labels: Tensor | None = None, **unused) -> Tensor | None:
+    """What each position is to predict, (b t), -100 nothing; None where nothing is asked for."""
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def _mean_square_normalizer(
+    logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None, **unused
+) -> Tensor:
+    """(log sum_j exp(l_j))^2 of logits (b t v), averaged like the loss of targets (b t)."""
+    counted = targets != -100
+    normalizers = logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(dim=-1)
+    total = normalizers.square().masked_fill(~counted, 0.0).sum()
+    return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _share_of_step(targets: Tensor, num_items_in_batch: Tensor | int | None = None, **unused) -> Tensor | float:
     """How much of a step this call is, where the caller accumulates gradients over several and says how many tokens."""
-    if num_items_in_batch is None:
-        return 1.0
-    targets = labels[:, 1:] if shift_labels is None else shift_labels
-    return (targets != ignore_index).sum() / num_items_in_batch
+    return 1.0 if num_items_in_batch is None else (targets != -100).sum() / num_items_in_batch
 
 
 def heads_of(model: type[ZooModel]) -> tuple[type[ZooForCausalLM], type[PreTrainedModel], type[PreTrainedModel]]:

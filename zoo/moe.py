@@ -119,7 +119,8 @@ class Experts(nn.Module):
 
 def _loops(x: Tensor) -> bool:
     """Whether the experts of such tokens run one after the other, for all to see."""
-    return choose_grouped_linear(x.device, x.dtype).backend == "loop" and not torch.compiler.is_compiling()
+    has_values = not (torch.compiler.is_compiling() or x.is_meta)
+    return has_values and choose_grouped_linear(x.device, x.dtype).backend == "loop"
 
 
 class MoE(Mixer):

@@ -1,4 +1,4 @@
-"""Parts that several architectures use: norms, the gated MLP, a short convolution, softmax attention, rotations.
+"""Parts that several architectures use: norms, head, gated MLP, short convolution, softmax attention, rotations.
 
 Letters: b batch, t queries, s keys, h heads, d head width, r rotated width.
 """
@@ -21,6 +21,7 @@ from zoo.config import ZooConfig
 from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
 from zoo.ops.fused import geglu, rms_norm, swiglu
 from zoo.ops.linear import linear
+from zoo.ops.linear_cross_entropy import linear_cross_entropy
 from zoo.ops.short_conv import short_conv
 
 
@@ -44,6 +45,27 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class LanguageModelHead(Linear):
+    """The logits of the vocabulary, or the loss of what they shall predict.
+
+    Its weight is used in `forward` only: there it is whole, where FSDP shards it.
+    """
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.config = config
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, **options) -> Tensor:
+        """x (b t d) -> logits (b t v); with targets (b t) a loss, without the logits of all tokens at once.
+
+        Args:
+            options: of the loss, those of `zoo.ops.linear_cross_entropy`.
+        """
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight, targets, self.bias, kernels=self.config.kernels, **options)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -114,6 +136,11 @@ class GatedMLP(Mixer):
 
     def forward(self, x: Tensor, shared: Shared, tokens: Tokens, cache: Cache | None) -> tuple[Tensor, Shared]:
         return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x))), shared
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap): near 0 the identity, and never beyond the cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * torch.tanh(x / cap)
 
 
 # -- rotations ---------------------------------------------------------------------------------------------------------
@@ -287,26 +314,20 @@ class SlidingWindowAttention(_GroupedQueries, RecurrentMixer):
         """The state after the tokens of a call, given the keys and values (b g s d) of the window before and theirs."""
         kept = self.config.sliding_window - 1
         t = k.shape[2] - kept
-        lengths = None if tokens.mask is None else tokens.mask.sum(dim=1)
-        count = self._count(count, t if lengths is None else lengths, tokens)
-        if lengths is None:
+        count = tokens.count_last(count, t)
+        if tokens.mask is None:
             k, v = k[:, :, t:], v[:, :, t:]
             if t > 1:  # hold on to nothing older
                 k, v = k.clone(), v.clone()
-            return k, v, count
-        newest = lengths[:, None] + torch.arange(kept, device=k.device)  # the slots of the last `kept` real tokens
-        index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        return k.gather(2, index), v.gather(2, index), count
-
-    def _count(self, count: Tensor, lengths: Tensor | int, tokens: Tokens) -> Tensor:
-        """How many tokens the last document of each row has after a call with `lengths` real ones."""
-        if tokens.segments is None:
-            return count + lengths
-        places = torch.arange(tokens.segments.shape[1], device=count.device).expand_as(tokens.segments)
-        lengths = torch.as_tensor(lengths, device=count.device).expand(len(count))[:, None]
-        last = tokens.segments.gather(1, (lengths - 1).clamp(min=0))
-        started = last[:, 0] != tokens.segments[:, 0]
-        return count.masked_fill(started, 0) + ((tokens.segments == last) & (places < lengths)).sum(dim=1)
+        else:
+            lengths = tokens.mask.sum(dim=1, keepdim=True)
+            newest = lengths + torch.arange(kept, device=k.device)  # the slots of the last `kept` real tokens
+            index = newest[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+            k, v = k.gather(2, index), v.gather(2, index)
+        if tokens.segments is not None:  # what was before the last document is gone
+            empty = (torch.arange(kept, device=k.device) < kept - count[:, None])[:, None, :, None]
+            k, v = k.masked_fill(empty, 0.0), v.masked_fill(empty, 0.0)
+        return k, v, count
 
     def _visible(self, count: Tensor, t: int, segments: Tensor | None, past: int | None = None) -> Tensor:
         """Which of the s = past + t slots each query sees, (b 1 t s); by default `sliding_window` - 1 are past."""

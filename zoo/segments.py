@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple, is_torchdynamo_compiling
 
 from zoo.cache import State
 from zoo.config import MixerConfig, ZooConfig
-from zoo.mixer import RecurrentMixer, Shared, Tokens
+from zoo.mixer import RecurrentMixer, Shared, Tokens, choose_rows
 from zoo.modeling import Block, ZooModel, ZooModelOutput
 from zoo.nn import Attention, SlidingWindowAttention, SoftmaxAttention
 from zoo.ops.packing import reorder, segment_starts
@@ -241,6 +241,8 @@ class SegmentedStack(RecurrentMixer):
             borders = self._borders(x.shape[1], 0, is_first=True)
             y, _, _, shared = self._read_even(x, self.initial_memory(x), None, 0, borders, tokens, keeps=False)
             return y, shared
+        if cache is not None and tokens.segments is not None and is_torchdynamo_compiling():
+            raise ValueError(f"{type(self).__name__} takes packed rows with a cache or compiled, not both")
         return super().forward(x, shared, tokens, cache)
 
     def scan_shared(self, x: Tensor, state: State, tokens: Tokens, shared: Shared) -> tuple[Tensor, State, Shared]:
@@ -408,7 +410,7 @@ def _choose(rows: RowsFlag, new: State, old: State) -> State:
     """Of each row of the states, `new` where `rows`, else `old`."""
     if isinstance(rows, bool):
         return new if rows else old
-    return tuple(torch.where(rows.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True))
+    return choose_rows(rows, new, old)
 
 
 def _join(pieces: list[tuple[Tensor, Shared]]) -> tuple[Tensor, Shared]:

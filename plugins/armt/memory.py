@@ -18,6 +18,7 @@ from zoo.config import ZooConfig
 from zoo.mixer import Mixer, Shared, Tokens
 from zoo.modeling import Block
 from zoo.nn import Linear
+from zoo.ops.precision import without_autocast
 from zoo.segments import OpenSegment, Run
 
 EPSILON = 1e-5
@@ -61,7 +62,7 @@ class AssociativeMemory(Mixer):
         A, *z = memory
         k, v = self._phi(self.k_proj(x), memory), self.v_proj(x).to(A.dtype)
         beta = torch.sigmoid(self.beta_proj(x).to(A.dtype))
-        with torch.autocast(x.device.type, enabled=False):  # differences of what is summed up: float32
+        with without_autocast(x.device.type):  # differences of what is summed up: float32
             new = A + k.mT @ (beta * (v - self._recall(k, memory)))
             if not z:
                 return (new,)

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationMixin
 from zoo.plugins.armt.memory import AssociativeMemory, MemoryLayer
 from zoo.plugins.armt.stacks import ARMT, RMT, window_of
@@ -88,8 +88,11 @@ class ARMTConfig(ZooConfig):
 
     def settle_layers(self) -> None:
         """Take over what the backbone settles, and check that all it keeps of a segment has a fixed size."""
-        if issubclass(model := self.find_backbone().model_class("Model"), SegmentedModel):
+        model, causal_lm = (self.find_backbone().model_class(kind) for kind in ("Model", "ForCausalLM"))
+        if issubclass(model, SegmentedModel):
             raise ValueError(f"{model.__name__} reads segments with a memory of its own, and is no backbone")
+        if causal_lm.compute_logits is not ZooForCausalLM.compute_logits:
+            raise ValueError(f"{causal_lm.__name__} computes logits in a way of its own, and is no backbone")
         backbone = self.make_backbone()
         for name in _OF_BACKBONE:
             setattr(self, name, getattr(backbone, name))
@@ -126,6 +129,10 @@ class ARMTConfig(ZooConfig):
         shared = (*_OF_BACKBONE, "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "kernels")
         same = {field: getattr(backbone, field) for field in shared}
         return cls(backbone=name, backbone_options=options, **same, **fields)
+
+    @property
+    def soft_cap(self) -> float | None:
+        return self.make_backbone().soft_cap
 
     def find_backbone(self) -> registry.Plugin:
         """The plugin of the backbone."""
@@ -228,12 +235,6 @@ class ARMTForCausalLM(ZooForCausalLM, GenerationMixin):
     config: ARMTConfig
     model_class = ARMTModel
     _tied_weights_keys = {"lm_head.weight": "model.backbone.embed_tokens.weight"}
-
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """As the backbone's own causal LM, which may cap them; of itself that reads its configuration and its head."""
-        head = object.__new__(self.config.find_backbone().model_class("ForCausalLM"))
-        head.__dict__.update(config=self.model.backbone.config, lm_head=self.lm_head)
-        return head.compute_logits(hidden_states)
 
     @classmethod
     def around(cls, model: ZooForCausalLM, **fields) -> "ARMTForCausalLM":

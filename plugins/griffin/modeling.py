@@ -8,13 +8,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, GenerationMixin
+from transformers import Cache
 from transformers import initialization as init
 
 from zoo.cache import State
-from zoo.config import ZooConfig
+from zoo.config import RotaryAttentionConfig
 from zoo.mixer import RecurrentMixer, Shared, Tokens
-from zoo.modeling import Block, ZooForCausalLM, ZooModel, heads_of
+from zoo.modeling import Block, ZooModel, heads_of
 from zoo.nn import GatedActivation, GatedMLP, Linear, RMSNorm, ShortConv, SlidingWindowAttention
 from zoo.ops.fused import rms_norm
 from zoo.ops.linear_scan import linear_scan
@@ -28,20 +28,18 @@ MAX_SQRT_GRADIENT = 1000.0
 
 
 @strict
-class GriffinConfig(ZooConfig):
-    """Configuration of Griffin and Hawk. Griffin is the default; Hawk has `mixers: [rglru]`.
+class GriffinConfig(RotaryAttentionConfig):
+    """Configuration of Griffin and Hawk: the fields of `RotaryAttentionConfig`, and more. Griffin is the default; Hawk
+    has `mixers: [rglru]`.
 
     Args:
         intermediate_size: inner width of the channel mixer; transformers' RecurrentGemma states twice of it.
         lru_width: channels e of the recurrence. Default: hidden_size.
         conv_kernel: tokens that the convolution before the recurrence sees.
         num_attention_heads: query heads of attention, and blocks h of the gates of the recurrence.
-        num_key_value_heads: heads of keys and values.
-        head_dim: width of a head. Default: hidden_size / num_attention_heads.
+        num_key_value_heads: heads of keys and values. Default: one for all queries.
         sliding_window: tokens that attention sees, the token itself included.
         attention_bias: whether queries, keys and values have biases; the output projection has one.
-        attention_dropout: rate of dropout on the attention weights in training.
-        max_position_embeddings: longest sequence the rotary embedding is meant for; a plain one does not enforce it.
         rope_parameters: the rotary embedding, in transformers' form. Default: it turns half of a head.
         logits_soft_cap: bound that the logits approach.
         initializer_range: standard deviation of the embedding. Default: hidden_size ** -0.5.
@@ -50,10 +48,7 @@ class GriffinConfig(ZooConfig):
     model_type = "zoo_griffin"
     default_mixers = ("rglru", "rglru", "local_attention")
     default_channel_mixers = ("griffin_mlp",)
-    sizes = (
-        *ZooConfig.sizes,
-        *("lru_width", "conv_kernel", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    )
+    sizes = (*RotaryAttentionConfig.sizes, "lru_width", "conv_kernel")
     base_model_tp_plan = {
         "layers.*.channel_mixer.gate_proj": "colwise",
         "layers.*.channel_mixer.up_proj": "colwise",
@@ -64,22 +59,21 @@ class GriffinConfig(ZooConfig):
     tie_word_embeddings: bool = True
     lru_width: int | None = None
     conv_kernel: int = 4
-    num_attention_heads: int = 8
     num_key_value_heads: int = 1
-    head_dim: int | None = None
     sliding_window: int = 2048
-    attention_bias: bool = False
-    attention_dropout: float | int = 0.0
     max_position_embeddings: int = 8192
-    rope_parameters: dict | None = None
     logits_soft_cap: float | int = 30.0
     initializer_range: float | None = None
 
+    @property
+    def soft_cap(self) -> float:
+        return self.logits_soft_cap
+
     def fill_defaults(self):
-        self.lru_width = self.lru_width or self.hidden_size
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
         self.rope_parameters = self.rope_parameters or rope
+        super().fill_defaults()
+        self.lru_width = self.lru_width or self.hidden_size
         self.initializer_range = self.initializer_range or self.hidden_size**-0.5
 
     def validate_architecture(self):
@@ -88,19 +82,12 @@ class GriffinConfig(ZooConfig):
                 f"the gates need whole blocks: lru_width {self.lru_width} over num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})"
-            )
         part = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if (turned := int(self.head_dim * part)) < 2 or turned % 2:
             raise ValueError(
                 f"the rotary embedding turns pairs: partial_rotary_factor {part} of head_dim {self.head_dim} is "
                 f"{turned}"
             )
-        if self.sliding_window < 2:
-            raise ValueError(f"sliding_window counts the token itself, so it is at least 2; got {self.sliding_window}")
         if not self.logits_soft_cap > 0:
             raise ValueError(f"logits_soft_cap must be positive, got {self.logits_soft_cap}")
 
@@ -108,11 +95,15 @@ class GriffinConfig(ZooConfig):
 class BoundedSqrt(torch.autograd.Function):
     """The square root of x >= 0, whose derivative is taken to be at most `MAX_SQRT_GRADIENT`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        root = x.sqrt()
-        ctx.save_for_backward(root)
-        return root
+    def forward(x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -273,27 +264,4 @@ class GriffinModel(ZooModel):
             init.zeros_(module.weight)
 
 
-class SoftCap(torch.autograd.Function):
-    """cap tanh(x / cap), whose scalings the backward pass has no need to undo: over a vocabulary each is a long way."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cap: float) -> Tensor:
-        y = (x / cap).tanh_()
-        ctx.save_for_backward(y)
-        return cap * y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (y,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(grad, y), None
-
-
-class GriffinForCausalLM(ZooForCausalLM, GenerationMixin):
-    config: GriffinConfig
-    model_class = GriffinModel
-
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        return SoftCap.apply(super().compute_logits(hidden_states), self.config.logits_soft_cap)
-
-
-_, GriffinForSequenceClassification, GriffinForTokenClassification = heads_of(GriffinModel)
+GriffinForCausalLM, GriffinForSequenceClassification, GriffinForTokenClassification = heads_of(GriffinModel)

@@ -9,25 +9,21 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from zoo.plugins.mamba.modeling import Mamba
 
+from zoo.config import AttentionConfig
 from zoo.modeling import ZooModel, heads_of
 from zoo.moe import MoEConfig
 from zoo.nn import RMSNorm
 
 
 @strict
-class JambaConfig(MoEConfig):
-    """Configuration of Jamba; the experts are described by the fields of `MoEConfig`.
+class JambaConfig(AttentionConfig, MoEConfig):
+    """Configuration of Jamba: the fields of `AttentionConfig`, those of `MoEConfig` for the experts, and more.
 
     Args:
         attn_layer_period, attn_layer_offset: layer i has attention where i modulo the period is the offset, and Mamba
             elsewhere, unless `mixers` says otherwise.
         expert_layer_period, expert_layer_offset: likewise a mixture of experts or one gated MLP, unless
             `channel_mixers` says otherwise.
-        num_attention_heads: number of query heads.
-        num_key_value_heads: number of key and value heads, each for a group of query heads. Default: one a query head.
-        head_dim: width of a head. Default: hidden_size / num_attention_heads.
-        attention_bias: whether the four projections of attention have biases.
-        attention_dropout: rate of dropout on the attention weights in training.
         state_size: states n of a channel of Mamba.
         expand: inner channels e for each of the width.
         conv_kernel: tokens that its short convolution sees.
@@ -40,20 +36,13 @@ class JambaConfig(MoEConfig):
 
     model_type = "zoo_jamba"
     sizes = (
-        *MoEConfig.sizes,
-        *("attn_layer_period", "expert_layer_period", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *(*MoEConfig.sizes, *AttentionConfig.sizes, "attn_layer_period", "expert_layer_period"),
         *("state_size", "expand", "conv_kernel", "time_step_rank"),
     )
     base_model_tp_plan = {
-        "layers.*.mixer.q_proj": "colwise",
-        "layers.*.mixer.k_proj": "colwise",
-        "layers.*.mixer.v_proj": "colwise",
-        "layers.*.mixer.o_proj": "rowwise",
+        **AttentionConfig.base_model_tp_plan,
         "layers.*.mixer.in_proj": "colwise_gather_output",
         "layers.*.mixer.out_proj": "colwise_gather_output",
-        "layers.*.channel_mixer.gate_proj": "colwise",
-        "layers.*.channel_mixer.up_proj": "colwise",
-        "layers.*.channel_mixer.down_proj": "rowwise",
     }
 
     num_experts: int = 16
@@ -63,11 +52,6 @@ class JambaConfig(MoEConfig):
     attn_layer_offset: int = 4
     expert_layer_period: int = 2
     expert_layer_offset: int = 1
-    num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    attention_bias: bool = False
-    attention_dropout: float | int = 0.0
     state_size: int = 16
     expand: int = 2
     conv_kernel: int = 4
@@ -79,6 +63,7 @@ class JambaConfig(MoEConfig):
     time_step_floor: float = 1e-4
 
     def fill_defaults(self):
+        super().fill_defaults()
         n = range(self.num_hidden_layers)
         self.mixers = self.mixers or [
             "attention" if i % self.attn_layer_period == self.attn_layer_offset else "jamba_mamba" for i in n
@@ -86,8 +71,6 @@ class JambaConfig(MoEConfig):
         self.channel_mixers = self.channel_mixers or [
             "moe" if i % self.expert_layer_period == self.expert_layer_offset else "swiglu" for i in n
         ]
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.time_step_rank = self.time_step_rank or math.ceil(self.hidden_size / 16)
 
     def validate_architecture(self):
@@ -95,11 +78,6 @@ class JambaConfig(MoEConfig):
             offset, period = (getattr(self, f"{kind}_layer_{name}") for name in ("offset", "period"))
             if not 0 <= offset < period:
                 raise ValueError(f"{kind}_layer_offset ({offset}) must be below {kind}_layer_period ({period})")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})"
-            )
         if not 0 < self.time_step_min <= self.time_step_max < math.inf:
             raise ValueError(
                 f"time steps need a range: time_step_min {self.time_step_min}, time_step_max {self.time_step_max}"

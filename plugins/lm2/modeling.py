@@ -13,7 +13,7 @@ from transformers import initialization as init
 from zoo.plugins.lm2.memory import SegmentInput, SlotMemory
 
 from zoo.cache import RECURRENT, State
-from zoo.config import ZooConfig
+from zoo.config import RotaryAttentionConfig
 from zoo.errors import unknown_name
 from zoo.mixer import RecurrentMixer, Shared, Tokens
 from zoo.modeling import Block, heads_of
@@ -25,8 +25,8 @@ _STARTS = ("learned", "identity")
 
 
 @strict
-class LM2Config(ZooConfig):
-    """Configuration of LM2.
+class LM2Config(RotaryAttentionConfig):
+    """Configuration of LM2: the fields of `RotaryAttentionConfig`, and more.
 
     Args:
         segment_length: tokens of a segment: attention sees the open one, the memory holds those before.
@@ -35,57 +35,23 @@ class LM2Config(ZooConfig):
         memory_flow: "cross_layer", one bank that the blocks write one after the other at the end of a segment; or
             "per_layer", a bank for each block.
         initial_memory: what the slots hold before the first segment: "learned", or "identity", rows of the unit matrix.
-        num_attention_heads: number of query heads.
-        num_key_value_heads: number of key and value heads, each for a group of query heads. Default: one a query head.
-        head_dim: width of a head. Default: hidden_size / num_attention_heads.
-        attention_bias: whether the four projections of attention have biases.
-        attention_dropout: rate of dropout on the attention weights in training.
-        max_position_embeddings: longest sequence the rotary embedding is meant for; a plain one does not enforce it.
-        rope_parameters: the rotary embedding, in transformers' form.
     """
 
     model_type = "zoo_lm2"
     default_mixers = ("attention",)
-    sizes = (
-        *ZooConfig.sizes,
-        *("segment_length", "num_memory_slots", "num_memory_heads"),
-        *("num_attention_heads", "num_key_value_heads", "head_dim"),
-    )
-    base_model_tp_plan = {
-        "layers.*.mixer.q_proj": "colwise",
-        "layers.*.mixer.k_proj": "colwise",
-        "layers.*.mixer.v_proj": "colwise",
-        "layers.*.mixer.o_proj": "rowwise",
-        "layers.*.channel_mixer.gate_proj": "colwise",
-        "layers.*.channel_mixer.up_proj": "colwise",
-        "layers.*.channel_mixer.down_proj": "rowwise",
-    }
+    sizes = (*RotaryAttentionConfig.sizes, "segment_length", "num_memory_slots", "num_memory_heads")
 
     segment_length: int = 256
     num_memory_slots: int = 64
     num_memory_heads: int | None = None
     memory_flow: str = "cross_layer"
     initial_memory: str = "learned"
-    num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    attention_bias: bool = False
-    attention_dropout: float | int = 0.0
-    max_position_embeddings: int = 2048
-    rope_parameters: dict | None = None
 
     def fill_defaults(self):
+        super().fill_defaults()
         self.num_memory_heads = self.num_memory_heads or self.num_attention_heads
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
 
     def validate_architecture(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})"
-            )
         if self.hidden_size % self.num_memory_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_memory_heads ({self.num_memory_heads})"
@@ -215,8 +181,11 @@ class LM2Stack(SegmentedStack):
             ]
         if run.closes is not False:
             memory = self._write(self.memory_of_last(memory, run), inputs)
-        after = [*segment.after, *((seen[:, 1:],) for seen in inputs)] if run.keeps else None
-        return x, memory, after, shared | segment.recorded()
+        if not run.keeps:
+            return x, memory, None, shared | segment.recorded()
+        stale = _stale_slots(run, self.config.segment_length)
+        kept = (seen[:, 1:] if stale is None else seen[:, 1:].masked_fill(stale, 0.0) for seen in inputs)
+        return x, memory, [*segment.after, *((seen,) for seen in kept)], shared | segment.recorded()
 
     def _readable(self, memory: State, run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the slots that tokens find (b l m d), and which of them each sees (b n m)."""
@@ -254,6 +223,17 @@ def _newest_tokens(run: Run, length: int) -> Tensor | None:
         return None
     newest = run.lengths[:, None] - 1 + torch.arange(length, device=run.lengths.device)
     return newest.clamp(min=0)  # a row without tokens keeps those of before
+
+
+def _stale_slots(run: Run, length: int) -> Tensor | None:
+    """Which of the newest length - 1 tokens are of documents before the last of a run, (b length-1 1); None: none."""
+    if run.segments is None:
+        return None
+    n = run.positions.shape[1]
+    lengths = torch.full_like(run.segments[:, 0], n) if run.lengths is None else run.lengths
+    count = run.positions.gather(1, (lengths - 1).clamp(min=0)[:, None]) + 1
+    stale = torch.arange(length - 1, device=count.device) < length - 1 - count
+    return (stale & (lengths > 0)[:, None])[..., None]
 
 
 def _bank_shape(config: LM2Config) -> tuple[int, int, int]:

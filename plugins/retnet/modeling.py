@@ -63,7 +63,7 @@ class RetNetConfig(ZooConfig):
 class Retention(RecurrentMixer):
     """Multi-scale retention (eq. 8): each head a matrix state that decays at its own fixed rate.
 
-    Its state is that matrix and the number of tokens it has seen, which is the angle its next key is turned by.
+    Its state is that matrix and how many tokens the document has so far, the angle that its next key is turned by.
     """
 
     ops = ("decay_attention", "rms_norm")
@@ -90,27 +90,26 @@ class Retention(RecurrentMixer):
         matrix, position = state
         heads = (self.config.num_heads, -1)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = self._rotation(position, x)
+        cos, sin = self._rotation(tokens.places(position, x.shape[1]), x)
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k * k.shape[-1] ** -0.5, cos, sin)
         y, matrix = decay_attention(
             *(q, k, v, self._log_decay(matrix), matrix, tokens.mask, tokens.segments), kernels=self.config.kernels
         )
         y = rms_norm(y, None, self.config.norm_eps, self.config.kernels).flatten(-2)
-        length = x.shape[1] if tokens.mask is None else tokens.mask.sum(dim=1)
-        return self.o_proj(F.silu(self.g_proj(x)) * y), (matrix, position + length)
+        position = tokens.count_last(position, x.shape[1])
+        return self.o_proj(F.silu(self.g_proj(x)) * y), (matrix, position)
 
     def _log_decay(self, like: Tensor) -> Tensor:
         """log(1 - 2^(-5 - i)) for each head i, (h), in the dtype of the state whatever the weights are."""
         head = torch.arange(self.config.num_heads, device=like.device, dtype=like.dtype)
         return torch.log1p(-torch.exp2(-5 - head))
 
-    def _rotation(self, position: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, (b t k/2), of the angles of the next tokens after `position` (b)."""
+    def _rotation(self, places: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (b t k/2), of the angles of tokens at places (b t), in the dtype of x."""
         # In float32 an angle of a million tokens is off by several hundredths; Apple's GPUs have no float64.
         dtype = torch.float32 if x.device.type == "mps" else torch.float64
         pairs = self.config.hidden_size // self.config.num_heads // 2
         frequency = 10000.0 ** -torch.linspace(0, 1, pairs, device=x.device, dtype=dtype)
-        places = position[:, None] + torch.arange(x.shape[1], device=x.device)
         angle = places[..., None].to(dtype) * frequency
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from zoo.plugins.titans.memory import TitansConfig
 
 from zoo.cache import State
-from zoo.mixer import Tokens
+from zoo.mixer import RecurrentMixer, Tokens, choose_rows
 from zoo.nn import Linear, rotate_halves
 from zoo.ops.packing import reorder
 
@@ -83,13 +83,28 @@ class WindowAttention(PersistentAttention):
             seen = torch.cat([self.persistent(prefix, x), seen], dim=1)
             visible = F.pad(visible, (len(prefix), 0), value=True)
         y = self(x, tokens.positions, seen, visible)
-        lengths = token_counts(count, t, tokens)
-        return y, (keep_newest(window, new, lengths, reach - 1), count + lengths)
+        count = tokens.count_last(count, t)
+        return y, (keep_newest(window, new, token_counts(count, t, tokens), reach - 1, count), count)
+
+
+class Windowed(RecurrentMixer):
+    """A mixer with windows in its state, which have no slots as long as nothing was read."""
+
+    def restart(self, rows: Tensor, state: State, x: Tensor) -> State:
+        pairs = zip(self.initial_state(x), state, strict=True)
+        initial = tuple(new if new.dim() == 1 else fill_up(new, old.shape[1]) for new, old in pairs)
+        return choose_rows(rows, initial, state)
 
 
 def empty_window(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A window of no slots yet, for activations x (b t d), where `state_shapes` has (s 2 g k)."""
     return x.new_zeros(x.shape[0], 0, *shape[1:])
+
+
+def fill_up(window: Tensor, slots: int) -> Tensor:
+    """A window (b s ...) with empty slots in front, if it has fewer than so many."""
+    missing = max(0, slots - window.shape[1])
+    return F.pad(window, (*[0] * (2 * window.dim() - 4), missing, 0)) if missing else window
 
 
 def filled(count: Tensor, slots: int, past: int) -> Tensor:
@@ -102,10 +117,11 @@ def token_counts(count: Tensor, t: int, tokens: Tokens) -> Tensor:
     return torch.full_like(count, t) if tokens.mask is None else tokens.mask.sum(dim=1)
 
 
-def keep_newest(window: Tensor, new: Tensor, lengths: Tensor, kept: int) -> Tensor:
-    """The `kept` newest of the slots of a window (b s ...) and `lengths` (b) further ones (b t ...), behind zeros."""
-    slots = torch.cat([window, new], dim=1)
-    if missing := max(0, kept - window.shape[1]):
-        slots = F.pad(slots, (*[0] * (2 * slots.dim() - 4), missing, 0))
+def keep_newest(window: Tensor, new: Tensor, lengths: Tensor, kept: int, count: Tensor) -> Tensor:
+    """The `count` (b) newest, but at most `kept`, of the slots of a window (b s ...) and `lengths` (b) further ones
+    (b t ...), behind zeros: (b kept ...)."""
+    slots = fill_up(torch.cat([window, new], dim=1), kept + new.shape[1])
     start = slots.shape[1] - new.shape[1] - kept
-    return reorder(slots, start + lengths[:, None] + torch.arange(kept, device=slots.device))
+    newest = reorder(slots, start + lengths[:, None] + torch.arange(kept, device=slots.device))
+    is_empty = ~filled(count, kept, kept)
+    return newest.masked_fill(is_empty.view(*is_empty.shape, *[1] * (newest.dim() - 2)), 0.0)

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from zoo.config import ZooConfig
-from zoo.mixer import Tokens
+from zoo.config import GroupedQueryConfig
+from zoo.mixer import Tokens, choose_rows
 from zoo.nn import Linear, RMSNorm, ShortConv
 from zoo.ops.memory_gd import MemoryState, initial_state, memory_gd
 from zoo.ops.memory_gd.layers import split_layers
 from zoo.ops.packing import segment_starts
+from zoo.ops.precision import without_autocast
 
 CAUSAL, PAPER = "causal", "paper"
 
 
 @strict
-class TitansConfig(ZooConfig):
+class TitansConfig(GroupedQueryConfig):
     """Configuration of Titans.
 
     Args:
@@ -51,13 +52,10 @@ class TitansConfig(ZooConfig):
     model_type = "zoo_titans"
     default_mixers = ("titans_mac",)
     sizes = (
-        *(*ZooConfig.sizes, "num_attention_heads", "num_key_value_heads", "head_dim", "memory_depth"),
-        *("memory_expansion", "chunk_size", "conv_size", "segment_length"),
+        *GroupedQueryConfig.sizes,
+        *("memory_depth", "memory_expansion", "chunk_size", "conv_size", "segment_length"),
     )
 
-    num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     rope_theta: float | int = 10000.0
     memory_depth: int = 2
     memory_expansion: int = 2
@@ -70,27 +68,16 @@ class TitansConfig(ZooConfig):
     mac_prefix: str = CAUSAL
     train_with_leak: bool = False
 
-    def fill_defaults(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-
     def validate_architecture(self):
         if self.num_attention_heads * self.head_dim != self.hidden_size or self.head_dim % 2:
             raise ValueError(
                 f"heads of an even width must fill hidden_size ({self.hidden_size}): num_attention_heads "
                 f"{self.num_attention_heads} * head_dim {self.head_dim}"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})"
-            )
         if self.memory_depth > 4:
             raise ValueError(f"memory_depth is 1 to 4, got {self.memory_depth}")
         if self.num_persistent_tokens < 0:
             raise ValueError(f"num_persistent_tokens must not be negative, got {self.num_persistent_tokens}")
-        if self.sliding_window < 2:
-            raise ValueError(f"sliding_window counts the token itself, so it is at least 2; got {self.sliding_window}")
         if "titans_mac" in self.mixers and self.segment_length % self.chunk_size:
             raise ValueError(
                 f"segment_length ({self.segment_length}) must be a multiple of chunk_size ({self.chunk_size})"
@@ -162,9 +149,8 @@ class NeuralMemory(nn.Module):
     def restart(self, state: LearnerState, rows: Tensor) -> LearnerState:
         """As `start` in some rows, (b) bool, where no row has a chunk open."""
         fresh = self.start(len(rows))
-        pairs = zip((*fresh.memory[:3], *fresh.taps), (*state.memory[:3], *state.taps), strict=True)
-        new = [torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in pairs]
-        return LearnerState(MemoryState(*new[:3], None), tuple(new[3:]))
+        new = choose_rows(rows, (*fresh.memory[:3], *fresh.taps), (*state.memory[:3], *state.taps))
+        return LearnerState(MemoryState(*new[:3], None), new[3:])
 
     def queries(self, x: Tensor, taps: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """x (b t d) and the last inputs of the convolution -> unit queries (b t h k), the last inputs."""
@@ -178,7 +164,7 @@ class NeuralMemory(nn.Module):
         """M(q) without learning: weights (b h w), q (b t h k) -> (b t d)."""
         width, depth = self.config.head_dim, self.config.memory_depth
         layers = split_layers(weights, width, width, width * self.config.memory_expansion if depth > 1 else 0)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             y = q.transpose(1, 2).to(weights.dtype) @ layers[0]
             for layer in layers[1:]:
                 y = F.silu(y) @ layer

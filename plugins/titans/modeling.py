@@ -6,7 +6,7 @@ Letters: b batch, t tokens, d width, h heads, g heads of keys and values, k widt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from zoo.plugins.titans.attention import WindowAttention, empty_window
+from zoo.plugins.titans.attention import WindowAttention, Windowed, empty_window
 from zoo.plugins.titans.memory import (
     BranchGate,
     NeuralMemory,
@@ -51,7 +51,7 @@ class TitansLMM(RecurrentMixer):
         self.memory.reset_parameters()
 
 
-class _WithPrefix(RecurrentMixer):
+class _WithPrefix(Windowed):
     """A mixer whose memory reads the persistent tokens in front of every document (sections 4.2 and 4.3).
 
     It writes `read` and `blank_state`. What the prefix of a row's first document leaves is the initial state; where

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from zoo.plugins.titans.attention import (
     PersistentAttention,
+    Windowed,
     empty_window,
     filled,
     keep_newest,
@@ -19,7 +20,7 @@ from zoo.plugins.titans.attention import (
 from zoo.plugins.titans.memory import CAUSAL, BranchGate, NeuralMemory, PersistentTokens, StartState, TitansConfig
 
 from zoo.cache import State
-from zoo.mixer import RecurrentMixer, Shared, Tokens
+from zoo.mixer import Shared, Tokens
 from zoo.nn import Linear, RMSNorm
 from zoo.ops.packing import ChunkLayout, lay_out_chunks, segment_starts
 
@@ -57,7 +58,7 @@ def cut_into_segments(x: Tensor, tokens: Tokens, count: Tensor, length: int, at_
     return Cut(layout, layout.real, layout.opens, layout.restarts, layout.position)
 
 
-class TitansMAC(RecurrentMixer):
+class TitansMAC(Windowed):
     """A segment's tokens ask the memory as it was before the segment, and attend to the answers h beside themselves:
 
         h_t = M(q_t)    y = Attention([persistent ; h ; x])    M learns from y    o_t = y_t (x) M_t(y_t)
@@ -159,7 +160,7 @@ class TitansMAC(RecurrentMixer):
         if cut.layout is not None:
             y, m, *own = (cut.layout.out_of_slots(part) for part in (y, m, *own))
         lengths, kept = token_counts(count, x.shape[1], tokens), config.segment_length - 1
-        windows = (keep_newest(window, new, lengths, kept) for window, new in zip(windows, own, strict=True))
+        windows = (keep_newest(*pair, lengths, kept, cut.count) for pair in zip(windows, own, strict=True))
         memory = learner.memory._replace(position=cut.count % config.chunk_size)
         state = (*memory, *learner.taps, asking_taps, before, *windows, cut.count)
         return self.o_proj(self.gate(y, m)), state

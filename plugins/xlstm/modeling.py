@@ -12,14 +12,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin
 from transformers import initialization as init
 
 from zoo.cache import State
 from zoo.config import NO_MIXER, ZooConfig
 from zoo.mixer import RecurrentMixer, Tokens
-from zoo.modeling import Block, ZooForCausalLM, ZooModel, heads_of
-from zoo.nn import Linear, RMSNorm, ShortConv
+from zoo.modeling import Block, ZooModel, heads_of
+from zoo.nn import Linear, RMSNorm, ShortConv, soft_cap
 from zoo.ops.cell_scan import cell_scan
 from zoo.ops.decay_attention import normalized_decay_attention
 
@@ -63,6 +62,10 @@ class XLSTMConfig(ZooConfig):
     norm_type: str = "rms_norm"
     output_logit_soft_cap: float | None = 30.0
     initializer_range: float | None = None
+
+    @property
+    def soft_cap(self) -> float | None:
+        return self.output_logit_soft_cap
 
     def fill_defaults(self):
         d = self.hidden_size
@@ -305,11 +308,6 @@ def blockwise(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("btni,noi->btno", x.unflatten(-1, (weight.shape[0], -1)), weight).flatten(2)
 
 
-def soft_cap(x: Tensor, cap: float) -> Tensor:
-    """cap tanh(x / cap)."""
-    return cap * torch.tanh(x / cap)
-
-
 def _init_output(proj: nn.Linear, config: XLSTMConfig) -> None:
     """What leads back to the residual stream starts small, the more so the deeper the model."""
     init.normal_(proj.weight, std=2 / config.num_hidden_layers / config.hidden_size**0.5)
@@ -334,15 +332,4 @@ class XLSTMModel(ZooModel):
             init.zeros_(module.weight)
 
 
-class XLSTMForCausalLM(ZooForCausalLM, GenerationMixin):
-    config: XLSTMConfig
-    model_class = XLSTMModel
-
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        cap = self.config.output_logit_soft_cap
-        if cap is None:
-            return super().compute_logits(hidden_states)
-        return cap * torch.tanh(super().compute_logits(hidden_states / cap))  # logits are wider: divide what makes them
-
-
-_, XLSTMForSequenceClassification, XLSTMForTokenClassification = heads_of(XLSTMModel)
+XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMForTokenClassification = heads_of(XLSTMModel)

@@ -430,13 +430,36 @@ def test_what_cannot_be():
         ({"segment_length": 1}, "segment_length is 1"),
         ({"memory_layers": [7]}, "layer 7"),
         ({"memory_layers": []}, "each once"),
-        ({"backbone": "armt", "backbone_options": {}}, "no backbone"),
+        ({"backbone": "armt", "backbone_options": {}}, "a memory of its own, and is no backbone"),
     ):
         with pytest.raises(ValueError, match=reason):
             zoo.create_config("armt-tiny", **fields)
 
 
+def test_a_backbone_whose_logits_are_not_those_of_its_head_is_refused(monkeypatch):
+    backbone = type(zoo.create_model("retnet-tiny"))
+    monkeypatch.setattr(backbone, "compute_logits", lambda self, hidden_states: -self.lm_head(hidden_states))
+    with pytest.raises(ValueError, match="RetNetForCausalLM computes logits in a way of its own"):
+        zoo.create_config("armt-tiny", backbone="retnet", backbone_options={})
+
+
 # -- RMT keeps what every model keeps ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_rmt_reads_a_stream_of_documents_in_windows():
+    """Documents that start and end anywhere in the windows and in the segments."""
+    model, lengths = make(memory="tokens"), [LENGTH + 3, 1, 3 * LENGTH, LENGTH, 2]
+    row, positions = tokens(sum(lengths)), torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
+    cache = DynamicCache(config=model.config)
+    windows = [LENGTH + 4, LENGTH, 1, sum(lengths) - 2 * LENGTH - 5]
+    pieces = zip(row.split(windows, dim=1), positions.split(windows, dim=1), strict=True)
+    logits = [model(x, position_ids=places, past_key_values=cache).logits for x, places in pieces]
+    alone = [model(x, use_cache=True) for x in row.split(lengths, dim=1)]
+    assert relative_error(torch.cat(logits, dim=1), torch.cat([out.logits for out in alone], dim=1)) <= TOLERANCE
+    last = alone[-1].past_key_values.layers[0].states
+    for state, expected in zip(cache.layers[0].states, last, strict=True):
+        assert relative_error(state.double(), expected.double()) <= TOLERANCE
 
 
 def test_rmt_generates_with_its_state(tmp_path):

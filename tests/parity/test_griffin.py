@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
@@ -267,6 +268,19 @@ def test_a_row_may_start_later_than_others():
     assert_close(logits[1:], model(tokens[1:]).logits[:, 6:])
 
 
+def test_logits_are_capped_behind_an_adapter():
+    """Of the head, whose weight is then not all that makes logits: with the loss from hidden states or not."""
+    options = {"logits_soft_cap": 1.5, "vocab_size": 97, "tie_word_embeddings": False}
+    model, tokens = zoo.create_model("griffin-tiny", **options), ids(2, 20)
+    config = LoraConfig(target_modules=["lm_head"], r=4, init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    expected = adapted(tokens, labels=tokens)
+    assert_close(adapted(tokens, labels=tokens, skip_logits=True).loss, expected.loss)
+    merged = adapted.merge_and_unload()
+    assert_close(merged(tokens).logits, expected.logits)
+    assert_close(merged(tokens, labels=tokens, skip_logits=True).loss, expected.loss)
+
+
 # -- the bound on the derivative of the square root --------------------------------------------------------------------
 
 
@@ -274,6 +288,7 @@ def test_bounded_square_root():
     x = torch.tensor([0.0, 1e-12, 2.5e-7, 1e-4, 1.0], dtype=torch.float64, requires_grad=True)
     modeling.BoundedSqrt.apply(x).sum().backward()
     assert torch.allclose(x.grad, torch.tensor([1000.0, 1000.0, 1000.0, 50.0, 0.5], dtype=torch.float64))
+    assert torch.equal(torch.func.vmap(torch.func.grad(modeling.BoundedSqrt.apply))(x.detach()), x.grad)
 
 
 def test_decays_near_one_get_bounded_gradients(in_its_precision, monkeypatch):

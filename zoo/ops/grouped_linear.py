@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zoo.ops.dispatch import Choice, requested
 from zoo.ops.linear import linear
+from zoo.ops.precision import autocast_dtype
 
 _ALIGNMENT = 16
 """Bytes that rows must be a multiple of, for PyTorch's grouped product."""
@@ -42,12 +43,12 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         (n e); rows behind the last group are 0, and so are their gradients.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        x, weight = (y.to(torch.get_autocast_dtype(device)) for y in (x, weight))
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and weight.dtype != torch.float64:
+        x, weight = x.to(dtype), weight.to(dtype)
     if choose_grouped_linear(x.device, x.dtype).backend == "grouped_mm" and _is_aligned(weight):
         return _multiply_at_once(x, weight, ends)
-    return _operator(x, weight, ends) if torch.compiler.is_compiling() else _multiply_each(x, weight, ends)
+    return _operator(x, weight, ends) if torch.compiler.is_compiling() or x.is_meta else _multiply_each(x, weight, ends)
 
 
 def _is_aligned(weight: Tensor) -> bool:

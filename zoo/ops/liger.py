@@ -36,13 +36,20 @@ def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, z_loss: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    soft_cap: float | None,
 ) -> Tensor:
     """`zoo.ops.linear_cross_entropy` on a GPU: hidden (n d), weight (v d), bias (v), labels (n) -> the total."""
     return _functional().liger_fused_linear_cross_entropy(
         *(hidden, weight, labels, bias),
         ignore_index=ignore_index,
         lse_square_scale=z_loss,
+        softcap=soft_cap,
         reduction="sum",
         accum_dtype=torch.float32,
     )

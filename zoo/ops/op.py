@@ -10,7 +10,6 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd import forward_ad
 
 from zoo.ops.checks import check_devices, check_dtypes, is_plain_call, once_per_look
 from zoo.ops.dispatch import choose
+from zoo.ops.precision import without_autocast
 
 
 class Op:
@@ -85,7 +85,7 @@ class Op:
         )
         is_node = self._compiled_whole and backend == "chunked" and torch.compiler.is_compiling()
         if backend in self._torch_forms and not is_node:
-            with _no_autocast(tensors[0].device.type):  # products of the state stay in the state's precision
+            with without_autocast(tensors[0].device.type):  # products of the state stay in the state's precision
                 return self._torch_forms[backend](*inputs)
         _refuse_tangents(self.name, tensors)
         if not is_plain_call(tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
@@ -185,12 +185,6 @@ def _convert(x: Any, dtype: torch.dtype) -> Any:
     if x.is_complex():
         return x.to(dtype)
     return x.to(_REAL.get(dtype, dtype)) if x.is_floating_point() else x
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _refuse_tangents(op: str, tensors: list[Tensor]) -> None:

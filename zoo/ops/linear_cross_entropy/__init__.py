@@ -1,10 +1,12 @@
 """Linear cross-entropy: the head of a language model and its loss in one, without the logits of all tokens at once.
 
-    loss_i = log sum_j exp(x_i . w_j) - x_i . w_label(i)  +  z_loss (log sum_j exp(x_i . w_j))^2
+    loss_i = log sum_j exp(l_ij) - l_i,label(i)  +  z_loss (log sum_j exp(l_ij))^2,    l_ij = x_i . w_j
 
 The second term, off by default, keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al., 2022, arXiv:2204.02311,
-section 5). Tokens are taken some at a time (Cut Cross-Entropy: Wijmans et al., 2024, arXiv:2411.09009), and gradients
-are computed along with the loss, while logits are there (Liger-Kernel: Hsu et al., 2024, arXiv:2410.10989).
+section 5). With a soft cap c the logits are c tanh(l_ij / c) (Gemma 2, 2024, arXiv:2408.00118, section 2).
+
+Tokens are taken some at a time (Cut Cross-Entropy: Wijmans et al., 2024, arXiv:2411.09009), and gradients are computed
+along with the loss, while logits are there (Liger-Kernel: Hsu et al., 2024, arXiv:2410.10989).
 """
 
 from torch import Tensor
@@ -35,6 +37,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    soft_cap: float | None = None,
     num_items: Tensor | float | None = None,
     kernels: str = "auto",
 ) -> Tensor:
@@ -50,13 +53,16 @@ def linear_cross_entropy(
         bias: of the head, (v).
         ignore_index: the label of tokens that do not count. What stands in `hidden` there is not read.
         z_loss: weight of the squared log-normaliser.
+        soft_cap: bound that the logits approach; None: they have none.
         num_items: what the sum over tokens is divided by; None: by how many count. Without any the loss is 0.
         kernels: which form runs (`zoo.ops.dispatch`); unless one is asked for, Liger-Kernel's on a GPU that has it.
 
     Raises:
-        ValueError: if the shapes do not agree, a label is neither `ignore_index` nor from 0 to v-1, or the form asked
-            for cannot run.
+        ValueError: if the shapes do not agree, a label is neither `ignore_index` nor from 0 to v-1, the soft cap is
+            not positive, or the form asked for cannot run.
     """
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"linear_cross_entropy: soft_cap must be positive, got {soft_cap}")
     form = OP.form_for(hidden, weight, bias, labels, kernels=kernels)
     if hidden.dim() == 3:
         check_shapes("linear_cross_entropy", {"hidden": "b t d", "labels": "b t"}, hidden=hidden, labels=labels)
@@ -66,7 +72,7 @@ def linear_cross_entropy(
     if choose_liger(hidden.device, kernels).backend == "liger":
         check_labels(labels, ignore_index, len(weight))
         run = liger_cross_entropy
-    total = run(hidden, weight, bias, labels, ignore_index, z_loss)
+    total = run(hidden, weight, bias, labels, ignore_index, z_loss, soft_cap)
     if num_items is None:
         num_items = (labels != ignore_index).sum().clamp(min=1)
     return total / num_items

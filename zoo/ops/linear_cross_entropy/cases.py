@@ -33,4 +33,5 @@ def _head_with_bias(draw: Draw, t: int) -> Inputs:
 CASES = [
     Case("head", _run, _head, sequences=(), splits=False),
     Case("bias, z loss", _run, _head_with_bias, sequences=(), options={"z_loss": 0.1, "num_items": 7}, splits=False),
+    Case("soft cap", _run, _head_with_bias, sequences=(), options={"soft_cap": 1.5, "z_loss": 0.1}, splits=False),
 ]

@@ -1,7 +1,8 @@
 """Linear cross-entropy over some tokens at a time, gradients and all, so that logits are never kept.
 
 The loss's gradient at the logits, (1 + 2 z_loss normaliser) softmax - one_hot(label), is there as soon as the logits
-are. The gradients that are wanted are computed from it at once, as those of the sum, and scaled in the backward.
+are; behind a soft cap it is times the slope of that, 1 - tanh^2. The gradients that are wanted are computed from it at
+once, as those of the sum, and scaled in the backward.
 
 Letters: n tokens, d features, v words of the vocabulary, c tokens of a chunk.
 """
@@ -9,8 +10,10 @@ Letters: n tokens, d features, v words of the vocabulary, c tokens of a chunk.
 import torch
 from torch import Tensor
 
+from zoo.ops.linear import linear
 from zoo.ops.linear_cross_entropy.labels import check_labels
 from zoo.ops.op import compute_dtype
+from zoo.ops.precision import autocast_dtype
 
 # Memory for the logits of a chunk: 250 tokens and 32,000 words on a CPU; a GPU wants larger products.
 CHUNK_BYTES = {"cpu": 32 << 20}
@@ -18,16 +21,20 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
 def linear_cross_entropy_chunked(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, z_loss: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    soft_cap: float | None,
 ) -> Tensor:
     """hidden (n d), weight (v d), bias (v), labels (n) -> the sum of the tokens' losses."""
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = autocast_dtype(hidden.device.type) or torch.promote_types(hidden.dtype, weight.dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    total, *_ = _operator(hidden, weight, bias, labels, ignore_index, z_loss, wanted)
+    total, *_ = _operator(hidden, weight, bias, labels, ignore_index, z_loss, soft_cap, wanted)
     return total
 
 
@@ -39,6 +46,7 @@ def _operator(
     labels: Tensor,
     ignore_index: int,
     z_loss: float,
+    soft_cap: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The total and the gradients of hidden, weight and bias, those that are `wanted`; the others are empty."""
@@ -51,9 +59,12 @@ def _operator(
     chunk = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE) // (v * dtype.itemsize))
     for tokens in counted.split(chunk):
         x, label = hidden[tokens], labels[tokens, None]
-        logits = (x @ weight.mT).to(dtype)  # c v
+        logits = linear(x, weight).to(dtype)  # c v
         if bias is not None:
             logits += bias
+        if soft_cap is not None:
+            tanh = logits.div_(soft_cap).tanh_()
+            logits = soft_cap * tanh
         at_label = logits.gather(1, label)
         shift = logits.amax(dim=1, keepdim=True)
         probability = logits.sub_(shift).exp_()
@@ -64,20 +75,20 @@ def _operator(
             continue
         gradient = probability.mul_((1 + 2 * z_loss * normaliser) / norm)
         gradient.scatter_add_(1, label, gradient.new_full(label.shape, -1.0))
+        if soft_cap is not None:
+            gradient = torch.ops.aten.tanh_backward(gradient, tanh)
         if wanted[2]:
             of_bias += gradient.sum(dim=0)
         gradient = gradient.to(x.dtype)
         if wanted[0]:
-            of_hidden[tokens] = gradient @ weight
-        if wanted[1] and x.dtype == dtype:
-            of_weight.addmm_(gradient.mT, x)
-        elif wanted[1]:
-            of_weight += gradient.mT @ x
+            of_hidden[tokens] = linear(gradient, weight.t())
+        if wanted[1]:
+            of_weight += linear(gradient.t(), x.t())
     return total, of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
 
 
 @_operator.register_fake
-def _(hidden, weight, bias, labels, ignore_index, z_loss, wanted):
+def _(hidden, weight, bias, labels, ignore_index, z_loss, soft_cap, wanted):
     return _empty_outputs(hidden, weight, bias, wanted)
 
 
@@ -97,11 +108,11 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, gradient, *_):
     if gradient is None:
-        return (None,) * 7
+        return (None,) * 8
     of_hidden, of_weight, of_bias = (
         x if want else None for x, want in zip(_scale(gradient, ctx.saved_tensors), ctx.wanted, strict=True)
     )
-    return of_hidden, of_weight, of_bias, None, None, None, None
+    return of_hidden, of_weight, of_bias, None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_setup_context)

@@ -51,15 +51,15 @@ def test_show(capsys):
         (["train", "tiny/retnet", "model.preset=retnt-tiny"], "did you mean retnet-tiny"),
         (["train", "tiny/retnet", "model.overrides.num_head=2"], "did you mean num_heads"),
         (
-            ["train", "tiny/retnet", "model.overrides.vocab_size=9"],
-            "model.overrides.vocab_size: it follows from the tokenizer",
+            ["train", "tiny/retnet", "model.overrides.pad_token_id=9"],
+            "model.overrides.pad_token_id: it follows from the tokenizer",
         ),
         (["train", "tiny/retnet", "train.tokens=nan"], "train.tokens must be from 1 to 1e+18, got nan"),
         (["train", "tiny/retnet", "train.beta1=1"], "train.beta1 must be from 0 to 1"),
         (["train", "tiny/retnet", "train.seed=["], "no valid YAML"),
         (["train", "tiny/retnet", "data.sequence_length=1"], "data.sequence_length must be from 2"),
         (["show", "transformer-tiny", "--length", "-5"], "a sequence has no -5 tokens"),
-        (["train", "tiny/retnet", "data.corpus=stdlb"], "did you mean stdlib?"),
+        (["train", "tiny/retnet", "data.sources.stdlib.corpus=stdlb"], "did you mean stdlib?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -84,5 +84,5 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert set(re.findall(r"^    (\w+)", out, flags=re.MULTILINE)) == {
-        *("list", "show", "train", "generate", "import", "export", "selftest", "bench")
+        *("list", "show", "train", "generate", "eval", "import", "export", "publish", "selftest", "bench")
     }

@@ -10,16 +10,17 @@ from zoo.layout import shelf
 
 PACKAGE = Path(__file__).parents[1] / "zoo"
 
-# A module may import the zoo's modules named here (a name stands for everything below it). `errors`, `files` and
-# `layout` know nothing of the zoo, so everyone may use them.
-BASE = {"zoo.errors", "zoo.files", "zoo.layout"}
+# A module may import the zoo's modules named here (a name stands for everything below it). `errors`, `files`, `layout`
+# and `processes` know nothing of the zoo, so everyone may use them.
+BASE = {"zoo.errors", "zoo.files", "zoo.layout", "zoo.processes"}
 CONTRACT = BASE | {"zoo.cache", "zoo.config", "zoo.mixer", "zoo.ops"}
 SPINE = CONTRACT | {"zoo.nn", "zoo.moe", "zoo.modeling", "zoo.registry"}
-PUBLIC = SPINE | {"zoo", "zoo.segments", "zoo.checkpoint", "zoo.convert", "zoo.inspection", "zoo.evaluate"}
+PUBLIC = SPINE | {"zoo", "zoo.segments", "zoo.checkpoint", "zoo.convert", "zoo.inspection", "zoo.evaluate", "zoo.tasks"}
 ALLOWED = {
     "zoo.errors": set(),
     "zoo.files": set(),
     "zoo.layout": set(),
+    "zoo.processes": set(),
     "zoo.checkpoint": set(),
     "zoo.convert": SPINE | {"zoo.checkpoint"},
     "zoo.cache": BASE,
@@ -32,11 +33,15 @@ ALLOWED = {
     "zoo.modeling": SPINE,
     "zoo.segments": SPINE,
     "zoo.inspection": SPINE,
-    "zoo.evaluate": PUBLIC,
+    "zoo.tasks": BASE | {"zoo.tasks"},
+    "zoo.evaluate": PUBLIC | {"zoo.bench", "zoo.hub.scores"},
     "zoo.train": PUBLIC | {"zoo.train", "zoo.cli"},
     "zoo.selftest": BASE | {"zoo.ops"},
     "zoo.bench": PUBLIC | {"zoo.bench"},
-    "zoo.cli": PUBLIC | {"zoo.bench", "zoo.selftest", "zoo.train"},
+    "zoo.hub": PUBLIC | {"zoo.hub"},
+    "zoo.charts": set(),
+    "zoo.plots": PUBLIC | {"zoo.bench.results", "zoo.charts", "zoo.train.report"},
+    "zoo.cli": PUBLIC | {"zoo.bench", "zoo.hub", "zoo.plots", "zoo.selftest", "zoo.train"},
     "zoo.plugins": BASE,
     "zoo": PUBLIC,
 }

@@ -1,6 +1,7 @@
 """The command `zoo`: show, train, run, convert, test and time models. Errors are one line; `--debug` shows more."""
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -10,10 +11,12 @@ from typing import NoReturn
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-from transformers.utils import has_file, logging
+from transformers.utils import logging
 
 import zoo
 from zoo.errors import unknown_name
+from zoo.hub import publication, upload
+from zoo.layout import shelf
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,6 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="pretrain a model as a recipe says")
     command.add_argument("recipe", help="a YAML file, or one that comes with the zoo, as tiny/retnet.yaml")
     command.add_argument("assignments", nargs="*", metavar="key=value", help="what to change, as train.seed=1")
+    command.add_argument("--print-config", action="store_true", help="print the resolved recipe, and do nothing else")
+    command.add_argument("--dry-run", action="store_true", help="print what the run will take, and do nothing else")
+    command.add_argument("--device", help="with --dry-run: hours on another device than this machine's, as H100")
+    command.add_argument("--devices", type=int, default=1, help="with --dry-run: how many of them")
     command.set_defaults(run=train)
 
     command = commands.add_parser("generate", help="continue a prompt, streaming")
@@ -52,6 +59,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=generate)
+
+    command = commands.add_parser("eval", help="score a checkpoint on tasks of lm-eval, the zoo's own among them")
+    command.add_argument("checkpoint", help="a folder or a name on the Hub")
+    command.add_argument("--tasks", default="", help="names, with commas between them, or YAML files, as parity,s5")
+    command.add_argument("--suite", help="tasks that papers report together: commonsense")
+    command.add_argument("--limit", type=int, help="documents of each task; default: all")
+    command.add_argument("--batch-size", default="auto", help="rows of a call at most; default: what memory allows")
+    command.add_argument("--device", help="as cpu or cuda; default: the accelerator if there is one")
+    command.add_argument("--no-truncate", action="store_true", help="stop where the model cannot read a request whole")
+    command.add_argument("--metadata", type=json.loads, help="JSON that tasks are made with, as '{\"examples\": 20}'")
+    command.add_argument("--output", type=Path, metavar="FILE.json", help="where the results go, in lm-eval's layout")
+    command.add_argument("--results", type=Path, metavar="FILE.csv", help="where a row for each metric is added")
+    command.set_defaults(run=evaluate)
 
     command = commands.add_parser("import", help="turn a published checkpoint into one of the zoo")
     command.add_argument("source", help="a folder, a file (.pth, .bin, .safetensors) or a name on the Hub")
@@ -63,6 +83,27 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("destination", help="a folder that is not there yet")
     command.add_argument("--to", default="transformers", help="the library, as transformers, which then needs no zoo")
     command.set_defaults(run=export)
+
+    command = commands.add_parser("publish", help="put a checkpoint on the Hugging Face Hub, with a model card")
+    command.add_argument("checkpoint", help="a folder, as <run>/latest")
+    command.add_argument("repository", metavar="user/name")
+    command.add_argument("--dry-run", action="store_true", help="show the card and the files, and send nothing")
+    command.add_argument("--private", action="store_true", help="only its owners see the repository")
+    command.add_argument("--force", action="store_true", help="replace all that the repository holds, whatever it is")
+    command.add_argument("--format", default="zoo", help="transformers: files that load without the zoo")
+    command.add_argument("--license", default="apache-2.0", help="of the weights, by its identifier on the Hub")
+    command.add_argument("--results", metavar="FILE.json", help="what `zoo eval` or lm-eval wrote, for the card")
+    command.set_defaults(run=publish)
+
+    command = commands.add_parser("plots", help="draw what was measured, and fill in the READMEs' tables of it")
+    command.add_argument(
+        "folder", nargs="?", type=Path, help="of CSV files; default: evals/results, and the READMEs of the checkout"
+    )
+    command.add_argument(
+        "--runs", nargs="+", type=Path, default=[], metavar="RUN", help="training runs to add to <folder>/losses.csv"
+    )
+    command.add_argument("--check", action="store_true", help="change nothing, fail where a picture or table is stale")
+    command.set_defaults(run=plot)
 
     command = commands.add_parser("selftest", help="compare every kernel with its reference on a device")
     command.add_argument("ops", nargs="*", metavar="OP", help="ops to test; default: all")
@@ -82,6 +123,11 @@ def build_parser() -> argparse.ArgumentParser:
     kind.add_argument("--repeats", type=int, default=9, help="rounds at most, of which the median counts")
     kind.add_argument("--output", type=Path, help="a CSV file for the rows; those of other models stay in it")
     kind.set_defaults(run=bench_models)
+    kind = kinds.add_parser("length", help="time reading and decoding at several lengths, on a CPU")
+    kind.add_argument("models", nargs="*", metavar="MODEL", help="models to time; default: all")
+    kind.add_argument("--repeats", type=int, default=9, help="rounds at most, of which the median counts")
+    kind.add_argument("--output", type=Path, help="a CSV file for the rows; those of other models stay in it")
+    kind.set_defaults(run=bench_length)
     kind = kinds.add_parser("aot", help="compile the Triton kernels for GPUs that are not there")
     kind.add_argument("ops", nargs="*", metavar="OP", help="ops to compile; default: all")
     kind.add_argument("--output", type=Path, help="a CSV file for the rows")
@@ -156,18 +202,18 @@ def show(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     try:
-        from zoo.train import config, loop  # noqa: PLC0415 (an extra)
+        from zoo.train import config, loop, plan  # noqa: PLC0415 (an extra)
     except ModuleNotFoundError as error:
         raise ValueError(f"training needs {error.name}: pip install 'sequence-zoo[train]'") from error
     logging.disable_progress_bar()  # of saving and loading weights; the run has its own
     settings = config.load_config(arguments.recipe, arguments.assignments)
-    try:
+    if arguments.print_config:
+        print(config.to_yaml(settings), end="")
+    elif arguments.dry_run:
+        for line in plan.plan_run(settings, arguments.device, arguments.devices):
+            print(line)
+    else:
         loop.run(settings)
-    except KeyboardInterrupt:
-        latest = Path(settings.train.output) / "latest"
-        if latest.exists():
-            print(f"zoo: stopped; the weights so far are in {latest}", file=sys.stderr)
-        raise
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -192,6 +238,37 @@ def generate(arguments: argparse.Namespace) -> None:
     )
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    try:
+        from zoo.evaluate import harness, record  # noqa: PLC0415 (an extra)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"evaluation needs {error.name}: pip install 'sequence-zoo[eval]'") from error
+    _check_checkpoint(arguments.checkpoint)
+    if arguments.device is not None:
+        _find_device(arguments.device)
+    if arguments.output and not arguments.output.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder for --output {arguments.output}")
+    if arguments.results:
+        record.read_rows(arguments.results)  # a file of another kind is refused before the work
+    logging.disable_progress_bar()  # of loading weights; lm-eval has its own
+    results = harness.evaluate(
+        arguments.checkpoint,
+        harness.named_tasks(arguments.tasks, arguments.suite),
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        allow_truncation=not arguments.no_truncate,
+        metadata=arguments.metadata,
+    )
+    if results is None:  # the first process of a launcher speaks for all
+        return
+    print(harness.result_table(results))
+    if arguments.output:
+        harness.write_results(results, arguments.output)
+    if arguments.results:
+        record.add_rows(results, arguments.checkpoint, arguments.results)
+
+
 def _check_checkpoint(name: str) -> None:
     """Raise ValueError unless `name` may be a checkpoint of the zoo, or one on the Hub."""
     folder = Path(name).expanduser()
@@ -199,6 +276,16 @@ def _check_checkpoint(name: str) -> None:
     if not is_on_hub and not (folder / "config.json").is_file():
         hint = f"; did you mean {folder / 'latest'}?" if (folder / "latest").is_dir() else ""
         raise ValueError(f"{name} is no checkpoint: it has no config.json{hint}")
+
+
+def _find_device(name: str) -> torch.device:
+    """The device of that name; ValueError if this machine has none."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def import_(arguments: argparse.Namespace) -> None:
@@ -209,11 +296,44 @@ def import_(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
     _check_checkpoint(arguments.source)
     logging.disable_progress_bar()  # of loading weights
-    model = AutoModelForCausalLM.from_pretrained(arguments.source, dtype="auto")
-    has_tokenizer = has_file(arguments.source, "tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.source) if has_tokenizer else None
-    zoo.export_checkpoint(model, arguments.destination, to=arguments.to, tokenizer=tokenizer)
+    zoo.convert.save_exported(arguments.source, arguments.destination, to=arguments.to)
     print(f"{arguments.destination}: {arguments.to} loads it")
+
+
+def publish(arguments: argparse.Namespace) -> None:
+    _check_checkpoint(arguments.checkpoint)
+    logging.disable_progress_bar()  # of loading weights; sending them has its own
+    with publication.prepare(
+        arguments.checkpoint,
+        arguments.repository,
+        format=arguments.format,
+        license=arguments.license,
+        results=arguments.results,
+    ) as prepared:
+        if arguments.dry_run:
+            print(prepared.card, prepared.list_files(), sep="\n")
+            return
+        commit = upload.publish(prepared, private=arguments.private, force=arguments.force)
+        print(prepared.list_files())
+        print(commit.commit_url)
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    try:
+        from zoo import plots  # noqa: PLC0415 (an extra)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"plots need {error.name}: pip install 'sequence-zoo[train]'") from error
+    folder = arguments.folder or shelf("evals") / "results"
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    pages = [] if arguments.folder else plots.pages()
+    if arguments.check:
+        if stale := plots.find_stale(folder, pages):
+            raise ValueError(f"{', '.join(stale)}: not what the CSV files in {folder} say; `zoo plots` mends it")
+        return
+    if arguments.runs:
+        plots.add_runs(arguments.runs, folder / "losses.csv")
+    print("\n".join(plots.make(folder, pages)))
 
 
 def selftest(arguments: argparse.Namespace) -> None:
@@ -222,11 +342,7 @@ def selftest(arguments: argparse.Namespace) -> None:
     for op in arguments.ops:
         if op not in op_names():
             raise unknown_name("op", op, op_names())
-    try:
-        device = torch.device(arguments.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {arguments.device!r}: {str(error).splitlines()[0]}") from error
+    device = _find_device(arguments.device)
     print(describe_environment(device))
     row = "{:<22}{:<23}{:<11}{:<10}{:>9}{:>9}  {}"
     print(row.format("op", "case", "backend", "inputs", "error", "allowed", "verdict"))
@@ -251,6 +367,12 @@ def bench_models(arguments: argparse.Namespace) -> None:
     from zoo.bench.models import bench_models  # noqa: PLC0415 (as above)
 
     bench_models(arguments.models, arguments.repeats, arguments.output)
+
+
+def bench_length(arguments: argparse.Namespace) -> None:
+    from zoo.bench.length import bench_length  # noqa: PLC0415 (as above)
+
+    bench_length(arguments.models, arguments.repeats, arguments.output)
 
 
 def bench_aot(arguments: argparse.Namespace) -> None:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,41 +19,109 @@ class ModelSection:
     preset: str = MISSING
     """A name of `zoo list`."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Configuration fields that differ from the preset; the vocabulary is the tokenizer's."""
+    """Configuration fields that differ from the preset. Without `vocab_size` it is the tokenizer's."""
+
+
+@dataclass
+class SourceSection:
+    """Where documents come from: `corpus`, `dataset` or `task`, one of the three."""
+
+    corpus: str | None = None
+    """A name of `zoo.train.corpora.CORPORA`, text that needs no download."""
+    dataset: str | None = None
+    """A dataset of the Hub, a folder, or a format that `datasets` knows (`json`, `parquet`, `text`) with `files`."""
+    config: str | None = None
+    """Which configuration of the dataset."""
+    files: list[str] = field(default_factory=list)
+    """Files or patterns of a format, or of a dataset of which only these are wanted."""
+    split: str = "train"
+    column: str = "text"
+    """The column with text, or with token ids of the tokenizer that `data.tokenizer` names."""
+    streaming: bool = False
+    """Whether training starts while documents are still read; they are then shuffled a window at a time."""
+    task: str | None = None
+    """A task of the evals shelf, whose examples are generated."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the task."""
+    limit: int | None = None
+    """Take this many documents and no more."""
+    held_out: int = 0
+    """Never train on the first documents, this many, and validate on them. A corpus brings its own; of a task they are
+    examples of its test split."""
+    weight: float = 1.0
+    """How many rows come from this source, in proportion to the weights of the others."""
 
 
 @dataclass
 class DataSection:
-    corpus: str = "stdlib"
-    """A name of `zoo.train.data.CORPORA`."""
+    sources: dict[str, SourceSection] = MISSING
+    """By a name of your choice, what to train on."""
+    tokenizer: str = "bpe"
+    """`bpe` (bytes) or `words` (between spaces), trained on the spot; else a name of the Hub, or a folder."""
     vocab_size: int = 4096
-    """Entries of the BPE tokenizer that is trained on the corpus."""
+    """Entries of the tokenizer, if it is trained on the spot."""
     sequence_length: int = 256
-    """Tokens of a training row."""
+    """Tokens of a row."""
     batch_size: int = 16
-    """Rows of a step."""
+    """Rows of a step, of all processes together."""
+    micro_batch_size: int | None = None
+    """Rows that a process reads at a time; their gradients add up. None: all of its rows."""
+    isolate_documents: bool = True
+    """Whether documents in a row are hidden from each other."""
+    cache: str | None = None
+    """Folder of tokenised data. None: `zoo/tokens` in $XDG_CACHE_HOME or ~/.cache."""
 
 
 @dataclass
 class TrainSection:
     output: str = MISSING
-    """Folder of the run: log, plot, checkpoints. `<output>/latest` is the newest checkpoint."""
+    """Folder of the run: log, plots, checkpoints. `<output>/latest` is the newest checkpoint."""
     tokens: float = MISSING
     """Tokens to train on, rounded to whole steps."""
     save_every: int = 100
     """Steps from one checkpoint to the next."""
+    evaluate_every: int | None = None
+    """Steps from one validation to the next. None: as often as checkpoints are saved."""
+    evaluate_rows: int = 64
+    """Rows of each held-out text that a validation reads at most; at the end it is all of them."""
+    keep: int = 2
+    """Newest checkpoints that are kept, beside the one with the lowest validation loss."""
     seed: int = 0
+    optimizer: str = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices inside of the layers, AdamW for all else."""
     learning_rate: float = 3e-3
-    """Peak of the learning rate: linear warm-up, then cosine down to a tenth."""
+    """Peak of the learning rate."""
+    schedule: str = "cosine"
+    """After the warm-up, which is linear: `cosine` or `linear` down to the end, or `wsd`, constant and then linear."""
     warmup_fraction: float = 0.05
     """Part of the steps that warm up."""
+    decay_fraction: float = 0.2
+    """Part of the steps, the last, in which `wsd` falls."""
+    final_fraction: float = 0.1
+    """The learning rate at the end, as a part of its peak."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     """Decay of AdamW's averages of the gradient and of its square."""
+    epsilon: float = 1e-8
+    """Added to the root of AdamW's average of squares."""
     max_grad_norm: float = 1.0
-    sample_prompt: str = "def "
-    """Beginning of the text that is generated at the end."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser of the softmax (PaLM, arXiv:2204.02311, section 5)."""
+    precision: str = "auto"
+    """Of the products: `fp32`, `bf16`, or `auto`, bf16 on a GPU. Weights are float32."""
+    gradient_checkpointing: bool = False
+    """Keep only what stands between layers for the backward pass, and compute the rest again."""
+    compile: bool = False
+    """Run the model through `torch.compile`."""
+    carry_state: bool = False
+    """Rows go on where those of the step before ended, with the state they left; gradients stop between steps."""
+    max_skipped: int = 10
+    """Steps in a row without finite gradients after which the run stops; each is skipped."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Besides the log: any of `tensorboard`, `wandb`, `trackio`."""
+    sample_prompt: str | None = "def "
+    """Beginning of the text that is generated at each validation; null: none is."""
 
 
 @dataclass
@@ -63,6 +131,14 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
+
+
+CHOICES = {
+    "train.optimizer": ("adamw", "muon"),
+    "train.schedule": ("cosine", "linear", "wsd"),
+    "train.precision": ("auto", "fp32", "bf16"),
+    "train.trackers": ("tensorboard", "wandb", "trackio"),
+}
 
 
 def load_config(recipe: str, assignments: Sequence[str] = ()) -> TrainConfig:
@@ -104,14 +180,15 @@ def load_config(recipe: str, assignments: Sequence[str] = ()) -> TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The resolved configuration, as it is kept beside a run."""
+    """The resolved configuration, as it is kept with every checkpoint."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def list_recipes() -> list[str]:
     """Paths of the recipes that come with the zoo, on their shelf."""
     folder = shelf("recipes")
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+    found = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    return sorted(str(path) for path in found if path.parts[0] != "launch")
 
 
 def _find(recipe: str) -> Path:
@@ -131,28 +208,64 @@ def _check_keys(values: Any, section: type, where: str, prefix: str = "") -> Non
     for key, value in values.items():
         if key not in known:
             raise unknown_name(f"key in {where}", f"{prefix}{key}", [f"{prefix}{name}" for name in known])
-        if dataclasses.is_dataclass(known[key]):
-            _check_keys(value, known[key], where, f"{prefix}{key}.")
+        kind = known[key]
+        if dataclasses.is_dataclass(kind):
+            _check_keys(value, kind, where, f"{prefix}{key}.")
+        elif get_origin(kind) is dict and dataclasses.is_dataclass(inner := get_args(kind)[1]):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{where}: {prefix}{key} takes sections with names of your choice, got {value!r}")
+            for name, part in value.items():
+                _check_keys(part, inner, where, f"{prefix}{key}.{name}.")
 
 
 def _check_values(config: TrainConfig) -> None:
     data, train, below_one = config.data, config.train, math.nextafter(1, 0)
+    above_zero = math.nextafter(0, 1)
     ranges = {  # lowest and highest value allowed
-        "data.vocab_size": (data.vocab_size, 257, math.inf),  # the bytes and the end of text
         "data.sequence_length": (data.sequence_length, 2, math.inf),
         "data.batch_size": (data.batch_size, 1, math.inf),
+        "data.micro_batch_size": (data.micro_batch_size, 1, data.batch_size),
         "train.tokens": (train.tokens, 1, 1e18),
         "train.save_every": (train.save_every, 1, math.inf),
+        "train.evaluate_every": (train.evaluate_every, 1, math.inf),
+        "train.evaluate_rows": (train.evaluate_rows, 1, math.inf),
+        "train.keep": (train.keep, 1, math.inf),
         "train.learning_rate": (train.learning_rate, 0, 1e3),
         "train.warmup_fraction": (train.warmup_fraction, 0, 1),
+        "train.decay_fraction": (train.decay_fraction, 0, 1),
+        "train.final_fraction": (train.final_fraction, 0, 1),
         "train.weight_decay": (train.weight_decay, 0, math.inf),
-        "train.max_grad_norm": (train.max_grad_norm, 0, math.inf),
+        "train.max_grad_norm": (train.max_grad_norm, above_zero, math.inf),
+        "train.epsilon": (train.epsilon, 0, 1),
+        "train.z_loss": (train.z_loss, 0, math.inf),
+        "train.max_skipped": (train.max_skipped, 1, math.inf),
         "train.beta1": (train.beta1, 0, below_one),
         "train.beta2": (train.beta2, 0, below_one),
     }
+    if data.tokenizer == "bpe":
+        ranges["data.vocab_size"] = (data.vocab_size, 257, math.inf)  # the bytes and the end of text
+    for name, source in data.sources.items():
+        ranges[f"data.sources.{name}.weight"] = (source.weight, above_zero, math.inf)
+        ranges[f"data.sources.{name}.held_out"] = (source.held_out, 0, math.inf)
+        ranges[f"data.sources.{name}.limit"] = (source.limit, 1, math.inf)
+        given = [kind for kind in ("corpus", "dataset", "task") if getattr(source, kind)]
+        if len(given) != 1:
+            raise ValueError(f"data.sources.{name} must set one of corpus, dataset and task, got {given or 'none'}")
+        if source.corpus and (source.streaming or source.held_out):
+            raise ValueError(f"data.sources.{name}: a corpus is not streamed, and brings its own held-out text")
     for name, (value, lowest, highest) in ranges.items():
-        if not lowest <= value <= highest:
+        if value is not None and not lowest <= value <= highest:
             raise ValueError(f"{name} must be from {lowest:g} to {highest:g}, got {value}")
-    for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+    for name, known in CHOICES.items():
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        for choice in value if isinstance(value, list) else [value]:
+            if choice not in known:
+                raise unknown_name(name, choice, known)
+    if not data.sources:
+        raise ValueError("data.sources names nothing to train on")
+    if train.carry_state and (len(data.sources) > 1 or any(s.streaming or s.task for s in data.sources.values())):
+        raise ValueError("train.carry_state reads one source from beginning to end: one that is no task, not streaming")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if name in config.model.overrides:
-            raise ValueError(f"model.overrides.{name}: it follows from the tokenizer, see data.vocab_size")
+            raise ValueError(f"model.overrides.{name}: it follows from the tokenizer")

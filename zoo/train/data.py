@@ -1,118 +1,230 @@
-"""Text that needs no download, a tokenizer trained on it, and batches that are a function of seed and step."""
+"""The data of a run: a tokenizer, the tokenised sources, batches to train on and rows to validate on."""
 
 import hashlib
-import sysconfig
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from filelock import FileLock
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from zoo.errors import unknown_name
+from zoo.train.batches import IGNORED, WINDOW, Batches, Stream
+from zoo.train.config import DataSection, TrainConfig
+from zoo.train.sources import Document, Source, open_source, texts_of
+from zoo.train.store import BackgroundFiller, Encoded, EncodedPiece, TokenStore
+from zoo.train.tokenizer import (
+    TRAINED_ON_THE_SPOT,
+    UNKNOWN_WORD,
+    fingerprint_of,
+    load_tokenizer,
+    trained_tokenizer,
+)
 
-END_OF_TEXT = "<|endoftext|>"
+_TOKENIZER_TEXT = 50_000_000  # characters that a tokenizer is trained on
+_FORMAT = 1  # of the stores; another number leaves those of before alone
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents to train on, and texts by name that are never trained on."""
+class TrainingData:
+    """What a run reads."""
 
-    documents: list[str]
-    held_out: dict[str, str]
+    tokenizer: PreTrainedTokenizerBase
+    batches: Batches
+    validation: dict[str, TokenStore]
+    """By name, text that is never trained on."""
+    fingerprints: dict[str, str]
+    """By source, a hash of its documents and the tokenizer."""
 
     @property
     def sha256(self) -> str:
-        """Hash of all of it, in order."""
-        digest = hashlib.sha256()
-        for text in (*self.documents, *self.held_out.values()):
-            digest.update(text.encode() + b"\0")
-        return digest.hexdigest()
+        """A hash of all sources and the tokenizer."""
+        return hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Stop reading sources in the background."""
+        for stream in self.batches.streams:
+            if stream.filler is not None:
+                stream.filler.close()
 
 
-def read_stdlib() -> Corpus:
-    """The running Python's standard library without its tests and its generated character tables: about 10 MB.
+def prepare_data(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    say: Callable[[str], None] = print,
+    show_progress: bool = True,
+) -> TrainingData:
+    """Open the sources of a recipe and tokenise them, or find them tokenised.
 
-    Held out are every twentieth of its files (`code`), and the language reference that `help()` shows (`prose`).
-    """
-    from pydoc_data.topics import topics  # noqa: PLC0415 (large, and only this corpus needs it)
-
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "pydoc_data", "encodings", "__pycache__"}
-    texts = []
-    for path in sorted(root.rglob("*.py")):
-        if left_out.isdisjoint(path.relative_to(root).parts):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            if text.strip():
-                texts.append(text)
-    documents = [text for index, text in enumerate(texts) if index % 20]
-    prose = "\n\n".join(topics[name] for name in sorted(topics))
-    return Corpus(documents, {"code": "\n\n".join(texts[::20]), "prose": prose})
-
-
-CORPORA: dict[str, Callable[[], Corpus]] = {"stdlib": read_stdlib}
-
-
-def read_corpus(name: str) -> Corpus:
-    """The corpus of that name.
+    Args:
+        config: the recipe.
+        tokenizer: of the checkpoint that a run goes on from; None: as the recipe says.
+        say: takes a line for the user.
+        show_progress: whether to show a bar while sources are tokenised.
 
     Raises:
-        ValueError: on an unknown name, or if the corpus turns out empty on this machine.
+        ValueError: if a source cannot be read or is empty, or does not go with the tokenizer.
     """
-    if name not in CORPORA:
-        raise unknown_name("corpus", name, CORPORA)
-    corpus = CORPORA[name]()
-    if not corpus.documents or not all(corpus.held_out.values()):
-        raise ValueError(f"corpus {name!r} is empty on this machine")
-    return corpus
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (no unknown characters) of `vocab_size` entries."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    data, cache = config.data, cache_folder(config.data)
+    sources = [open_source(name, section, config.train.seed) for name, section in data.sources.items()]
+    tokenizer = tokenizer or _find_tokenizer(data, sources, cache)
+    length = data.sequence_length
+    streams, fingerprints, validation = [], {}, {}
+    for source, section in zip(sources, data.sources.values(), strict=True):
+        store = _store(cache, source, tokenizer, length)
+        read = partial(_encoded, source, tokenizer)
+        fingerprints[source.name] = store.folder.name
+        filler, is_streamed = None, section.streaming or source.is_task
+        if is_streamed and not store.is_complete:
+            filler = BackgroundFiller(store, read, ahead=WINDOW * length)
+            filler.wait_for(1)
+        elif not store.is_complete:
+            _fill(store, read, source.name, show_progress)
+        if is_streamed:
+            say(f"{source.name}: {store.tokens:,} tokens so far, more as they are needed")
+        else:
+            say(f"{source.name}: {store.documents:,} documents, {store.tokens:,} tokens in {store.folder}")
+        if store.is_complete and store.tokens < 2:
+            raise ValueError(f"data.sources.{source.name} is empty: there is nothing to train on")
+        streams.append(Stream(store, section.weight, is_streamed, filler))
+        for name, documents in source.held_out().items():
+            validation[name] = _held_out_store(cache, source, tokenizer, length, name, documents)
+    batches = Batches(
+        streams,
+        length,
+        data.batch_size,
+        config.train.seed,
+        isolate=data.isolate_documents,
+        carry=config.train.carry_state,
+        filler=tokenizer.eos_token_id,
     )
-    bpe.train_from_iterator(documents, trainer, length=len(documents))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    return TrainingData(tokenizer, batches, validation, fingerprints)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarray:
-    """All documents as one row of token ids, the end-of-text token in front of each."""
-    encodings = tokenizer.backend_tokenizer.encode_batch(documents)
-    pieces = [np.array([tokenizer.eos_token_id, *encoding.ids], dtype=np.int32) for encoding in encodings]
-    return np.concatenate(pieces)
+def cache_folder(data: DataSection) -> Path:
+    """Where tokenised data is kept."""
+    if data.cache is not None:
+        return Path(data.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zoo" / "tokens"
 
 
-def into_rows(tokens: np.ndarray, length: int, batch_size: int) -> Tensor:
-    """The tokens in rows of `length`, (rows length); an incomplete last row is left out.
+def _find_tokenizer(data: DataSection, sources: list[Source], cache: Path) -> PreTrainedTokenizerBase:
+    if data.tokenizer not in TRAINED_ON_THE_SPOT:
+        return load_tokenizer(data.tokenizer)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".tokenizer.lock"):  # one process trains it, the others find it
+        return trained_tokenizer(
+            data.tokenizer,
+            data.vocab_size,
+            _some_of(chain.from_iterable(map(texts_of, sources))),
+            cache,
+            json.dumps([source.fingerprint for source in sources]),
+        )
 
-    Raises:
-        ValueError: if there are not enough rows for one batch.
-    """
-    rows = len(tokens) // length
-    if rows < batch_size:
-        raise ValueError(f"the corpus has {rows} rows of {length} tokens, a batch wants {batch_size}")
-    return torch.from_numpy(tokens[: rows * length]).long().view(rows, length)
+
+def _some_of(texts: Iterator[str]) -> Iterator[str]:
+    read = 0
+
+    def is_enough(text: str) -> bool:
+        nonlocal read
+        read += len(text)
+        return read < _TOKENIZER_TEXT
+
+    return takewhile(is_enough, texts)
 
 
-def batches(rows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Batches (batch_size length) of rows (rows length), without end.
+def _store(
+    cache: Path, source: Source, tokenizer: PreTrainedTokenizerBase, length: int, held_out: str = ""
+) -> TokenStore:
+    """Where a source, or its held-out text of a name, is or will be tokenised."""
+    row_length = length if source.is_task else None
+    facts = json.dumps([_FORMAT, source.fingerprint, fingerprint_of(tokenizer), row_length, held_out])
+    key = hashlib.sha256(facts.encode()).hexdigest()[:20]
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    name = "-".join(filter(None, (source.name, held_out, key)))
+    return TokenStore(cache / name, dtype, row_length, tokenizer.eos_token_id)
 
-    Each pass takes the rows in a new order, none of them twice; those that do not fill a last batch wait for another.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(rows), generator=generator)
-        for start in range(0, len(rows) - batch_size + 1, batch_size):
-            yield rows[order[start : start + batch_size]]
+
+def _held_out_store(
+    cache: Path,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    name: str,
+    documents: list[Document],
+) -> TokenStore:
+    store = _store(cache, source, tokenizer, length, f"held-out-{name}")
+    if not store.is_complete:
+        encoded = EncodedPiece(_encode(documents, tokenizer, source.name), None)
+        _fill(store, lambda resume: iter([encoded]), name, show_progress=False)
+    return store
+
+
+def _fill(store: TokenStore, read: Callable[[Any], Iterator[EncodedPiece]], name: str, show_progress: bool) -> None:
+    """Tokenise all of a source, or wait for the process that does."""
+    with (
+        store.lock(),
+        tqdm(desc=f"tokenise {name}", unit="tok", unit_scale=True, disable=not show_progress) as bar,
+    ):
+
+        def counted(resume: Any) -> Iterator[EncodedPiece]:
+            for piece in read(resume):
+                bar.update(sum(len(document.ids) for document in piece.documents))
+                yield piece
+
+        for _ in store.append(counted):
+            pass
+
+
+# -- from documents to tokens ------------------------------------------------------------------------------------------
+
+
+def _encoded(source: Source, tokenizer: PreTrainedTokenizerBase, resume: Any) -> Iterator[EncodedPiece]:
+    for piece in source.read(resume):
+        yield EncodedPiece(_encode(piece.documents, tokenizer, source.name), piece.resume)
+
+
+def _encode(documents: list[Document], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Encoded]:
+    """Token ids of documents: of text and ids with the end-of-text token in front, of a task's words one a word."""
+    if isinstance(documents[0], str):
+        return _encode_texts(documents, tokenizer)
+    if isinstance(documents[0], np.ndarray):
+        return [_checked_ids(ids, tokenizer, source) for ids in documents]
+    return [_encode_words(example, tokenizer, source) for example in documents]
+
+
+def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    # A text that spells a special token means these letters; and it may be longer than what a model of old could read.
+    rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [Encoded(np.array([end, *ids]), None, len(text.encode())) for ids, text in zip(rows, texts, strict=True)]
+
+
+def _checked_ids(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, source: str) -> Encoded:
+    if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer):
+        raise ValueError(
+            f"data.sources.{source} holds the ids {ids.min()} to {ids.max()}, the tokenizer has {len(tokenizer)}"
+        )
+    end = tokenizer.eos_token_id
+    text_bytes = len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+    return Encoded(ids if len(ids) and ids[0] == end else np.append(end, ids), None, text_bytes)
+
+
+def _encode_words(example: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> Encoded:
+    words = tokenizer.convert_tokens_to_ids(example.words)
+    wanted = tokenizer.convert_tokens_to_ids([word for word in example.targets if word is not None])
+    unknown = tokenizer.unk_token_id
+    if None in words + wanted or unknown in words + wanted:
+        raise ValueError(
+            f"data.sources.{source}: a word of the task is no token: use data.tokenizer=words, with a data.vocab_size "
+            f"that has room for all of them ({UNKNOWN_WORD} and the end of text too)"
+        )
+    answers = iter(wanted)
+    targets = np.array([IGNORED if word is None else next(answers) for word in example.targets])
+    return Encoded(np.array(words), targets, len(" ".join(example.words).encode()))

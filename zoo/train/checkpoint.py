@@ -1,0 +1,209 @@
+"""Checkpoints of a run: Hugging Face folders that load as they are, with what the run needs to go on beside the model.
+
+    <output>/step-00000100/   config.json, model.safetensors, tokenizer: a model for `from_pretrained`
+                              recipe.yaml    the resolved recipe
+                              training.json  where the weights come from: steps, tokens, data, scores, versions
+                              trainer/       optimizer.pt, of each process rank-00000/, and state.json
+    <output>/latest           a link to the newest
+
+A folder is written under another name and renamed when it is whole; `trainer/state.json` has the size of every file.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from zoo.cache import load_state, save_state
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FROM_MAIN = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    """Steps without finite gradients."""
+    skipped_in_a_row: int = 0
+    world_size: int = 1
+    hours: float = 0.0
+    data_sha256: str = ""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The newest validation."""
+    best_loss: float | None = None
+    """The lowest mean validation loss so far, and the step it was at."""
+    best_step: int | None = None
+
+
+def save_checkpoint(
+    output: Path,
+    progress: Progress,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, str],
+    carried: list[Cache],
+    keep: int,
+) -> Path:
+    """Write `step-<number>` and point `latest` at it; every process calls this, the main one writes the model.
+
+    Args:
+        output: folder of the run, which all processes see.
+        progress: how far the run has come.
+        accelerator: the processes.
+        model: as it is trained.
+        optimizers: of its parameters.
+        tokenizer: of the run.
+        texts: further files, by name.
+        carried: states that the next step goes on from, of this process.
+        keep: newest checkpoints that are left in the folder, beside the best.
+    """
+    folder = output / f"step-{progress.step:08d}"
+    partial = output / f".{folder.name}.partial"
+    weights = get_model_state_dict(model, options=_WHOLE)
+    moments = get_optimizer_state_dict(model, optimizers, options=_WHOLE)
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "trainer").mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    _save_rank(_rank_folder(partial, accelerator.process_index), carried)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        raw = accelerator.unwrap_model(model)
+        for tied in raw.all_tied_weights_keys:  # a sharded model gives them once more, under their own name
+            weights.pop(tied, None)
+        raw.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        for name, text in texts.items():
+            (partial / name).write_text(text)
+        torch.save(moments, partial / "trainer" / "optimizer.pt")
+        state = {**asdict(progress), "files": _sizes(partial)}
+        (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        remove_folder(folder)
+        partial.rename(folder)
+        point_latest(output, folder)
+        _prune(output, keep, progress.best_step)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def find_checkpoint(output: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
+    """The newest whole checkpoint of a run, and how far it had come; None if there is none.
+
+    One that is damaged is passed over, and `say` gets a line about it.
+    """
+    for folder in sorted(_checkpoints(output), reverse=True):
+        try:
+            state = json.loads((folder / "trainer" / "state.json").read_text())
+            if state.pop("files") == _sizes(folder):
+                return folder, Progress(**state)
+            say(f"{folder} is not whole: a file is missing or has another size")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f"{folder} is not whole: {error}")
+    return None
+
+
+def load_checkpoint(
+    folder: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+) -> list[Cache] | None:
+    """Restore optimizers, random numbers and carried states of this process; the model has its weights already.
+
+    Returns:
+        The carried states; None if another number of processes wrote the checkpoint, so that neither random numbers nor
+        carried states could be restored.
+    """
+    moments = {}
+    if accelerator.is_main_process:
+        moments = torch.load(folder / "trainer" / "optimizer.pt", map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(
+        model, optimizers, moments, options=_FROM_MAIN if accelerator.num_processes > 1 else _WHOLE
+    )
+    written_by = len(list((folder / "trainer").glob("rank-*")))
+    if written_by != accelerator.num_processes:
+        return None
+    return _load_rank(_rank_folder(folder, accelerator.process_index), accelerator.unwrap_model(model))
+
+
+def point_latest(output: Path, folder: Path) -> None:
+    """Make `<output>/latest` a link to a checkpoint; there is one at every moment."""
+    link = output / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(output / "latest")
+
+
+def remove_partial(output: Path) -> None:
+    """Remove what a killed process was writing."""
+    for partial in output.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint, under another name first: nothing half removed has a checkpoint's name."""
+    if folder.exists():
+        dying = folder.with_name(f".{folder.name}.old.partial")
+        folder.rename(dying)
+        shutil.rmtree(dying)
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return [path for path in output.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+
+
+def _prune(output: Path, keep: int, best_step: int | None) -> None:
+    for folder in sorted(_checkpoints(output))[:-keep]:
+        if int(folder.name.removeprefix("step-")) != best_step:
+            remove_folder(folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The size in bytes of every file but `trainer/state.json`."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    sizes.pop("trainer/state.json", None)
+    return sizes
+
+
+def _rank_folder(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / "trainer" / f"rank-{rank:05d}"
+
+
+def _save_rank(folder: Path, carried: list[Cache]) -> None:
+    folder.mkdir()
+    random: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    torch.save(random, folder / "random.pt")
+    for index, cache in enumerate(carried):
+        save_state(cache, folder / f"carried-{index:03d}.safetensors")
+
+
+def _load_rank(folder: Path, model: PreTrainedModel) -> list[Cache]:
+    random = torch.load(folder / "random.pt", weights_only=True)
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return [load_state(path, model) for path in sorted(folder.glob("carried-*.safetensors"))]

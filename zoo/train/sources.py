@@ -1,0 +1,182 @@
+"""Where documents come from: corpora, datasets of the Hub or of files, generated tasks; all read in one way."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zoo.errors import unknown_name
+from zoo.tasks import Example, load_task
+from zoo.train.config import SourceSection
+from zoo.train.corpora import read_corpus
+
+Document = str | np.ndarray | Example
+"""Text, token ids, or the words of a task with what shall be predicted after each."""
+
+_BATCH = 256  # documents that are read, and later tokenised, together
+
+
+class Piece(NamedTuple):
+    """Documents that stand behind each other in a source."""
+
+    documents: list[Document]
+    resume: Any
+    """What `Source.read` takes to go on behind them; made of what JSON knows."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The documents of one source to train on, in order, and those that are held out."""
+
+    name: str
+    fingerprint: str
+    """Changes when the documents do."""
+    read: Callable[[Any], Iterator[Piece]]
+    """From the beginning for None, else from where the `resume` of a piece says."""
+    held_out: Callable[[], dict[str, list[Document]]]
+    """By the name of a validation set, documents that `read` never gives."""
+    words: tuple[str, ...] = ()
+    """All words of a task; none where documents are texts."""
+
+    @property
+    def is_task(self) -> bool:
+        return bool(self.words)
+
+
+def open_source(name: str, section: SourceSection, seed: int) -> Source:
+    """Open what a recipe names, without reading it yet.
+
+    Args:
+        name: its name in the recipe.
+        section: what the recipe says of it.
+        seed: of a task's examples.
+
+    Raises:
+        ValueError: if there is no such corpus, dataset or task, or it has no such column.
+    """
+    if section.corpus:
+        return _open_corpus(name, section)
+    if section.task:
+        return _open_task(name, section, seed)
+    return _open_dataset(name, section)
+
+
+def texts_of(source: Source) -> Iterator[str]:
+    """The text of each document, or the words of a task, for training a tokenizer.
+
+    Raises:
+        ValueError: if the documents are token ids already.
+    """
+    if source.is_task:
+        yield " ".join(source.words)
+        return
+    for piece in source.read(None):
+        for document in piece.documents:
+            if isinstance(document, np.ndarray):
+                raise ValueError(f"data.sources.{source.name} holds token ids: name their tokenizer in data.tokenizer")
+            yield document
+
+
+def _fingerprint(*facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _open_corpus(name: str, section: SourceSection) -> Source:
+    corpus = read_corpus(section.corpus)
+    documents = corpus.documents[: section.limit]
+
+    def read(resume: int | None) -> Iterator[Piece]:
+        for start in range(resume or 0, len(documents), _BATCH):
+            piece = documents[start : start + _BATCH]
+            yield Piece(piece, start + len(piece))
+
+    return Source(
+        name,
+        _fingerprint("corpus", corpus.sha256, section.limit),
+        read,
+        lambda: {held_out: [text] for held_out, text in corpus.held_out.items()},
+    )
+
+
+def _open_task(name: str, section: SourceSection, seed: int) -> Source:
+    task, options = load_task(section.task), section.options
+    task.options(**options)  # an error in them shall not wait for the first example
+
+    def read(resume: int | None) -> Iterator[Piece]:
+        start = resume or 0
+        stream = islice(task.generate("train", seed, start=start, **options), _less(section.limit, start))
+        while piece := list(islice(stream, _BATCH)):
+            start += len(piece)
+            yield Piece(piece, start)
+
+    def held_out() -> dict[str, list[Document]]:
+        if not section.held_out:
+            return {}
+        return {name: list(islice(task.generate("test", seed, **options), section.held_out))}
+
+    return Source(
+        name,
+        _fingerprint("task", section.task, section.options, section.limit, seed),
+        read,
+        held_out,
+        words=tuple(task.vocabulary(**options)),
+    )
+
+
+def _less(limit: int | None, taken: int) -> int | None:
+    return None if limit is None else limit - taken
+
+
+def _open_dataset(name: str, section: SourceSection) -> Source:
+    import datasets  # noqa: PLC0415 (slow to import, and a corpus does not need it)
+
+    try:
+        builder = datasets.load_dataset_builder(section.dataset, section.config, data_files=list(section.files) or None)
+        stream = builder.as_streaming_dataset(split=section.split)
+        first = next(iter(stream), None)
+    except StopIteration:  # of files without a line
+        first = None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # what the library raises
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data.sources.{name}: cannot read {section.dataset!r}: {reason}") from error
+    if first is None:
+        raise ValueError(f"data.sources.{name}: split {section.split!r} of {section.dataset!r} is empty")
+    if section.column not in first:
+        raise unknown_name(f"column of data.sources.{name}", section.column, first)
+    if not isinstance(first[section.column], (str, list)):
+        kind = type(first[section.column]).__name__
+        raise ValueError(f"data.sources.{name}: column {section.column!r} holds {kind}, wanted text or token ids")
+    files = {split: found.origin_metadata for split, found in (builder.config.data_files or {}).items()}
+    facts = {key: value for key, value in dataclasses.asdict(section).items() if key not in ("weight", "streaming")}
+
+    def documents(rows: Any) -> list[Document]:
+        column = rows[section.column]
+        return [value if isinstance(value, str) else np.asarray(value, dtype=np.int64) for value in column]
+
+    def read(resume: dict[str, Any] | None) -> Iterator[Piece]:
+        stream = builder.as_streaming_dataset(split=section.split).skip(section.held_out)
+        taken = 0
+        if resume is not None:
+            taken = resume["taken"]
+            stream.load_state_dict(resume["stream"])
+        for rows in stream.iter(batch_size=_BATCH):
+            piece = documents(rows)
+            if section.limit is not None:
+                piece = piece[: section.limit - taken]
+            if not piece:
+                return
+            taken += len(piece)
+            yield Piece(piece, {"taken": taken, "stream": stream.state_dict()})
+
+    def held_out() -> dict[str, list[Document]]:
+        if not section.held_out:
+            return {}
+        stream = builder.as_streaming_dataset(split=section.split)
+        return {name: documents({section.column: [row[section.column] for row in stream.take(section.held_out)]})}
+
+    return Source(name, _fingerprint("dataset", facts, files), read, held_out)

@@ -34,11 +34,11 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = path
         self.folder = path if path.is_dir() else path.parent
-        self.config: dict[str, Any] = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        self.config: dict[str, Any] = read_json(path / "config.json") if (path / "config.json").is_file() else {}
         self.shapes: dict[str, torch.Size] = {}
         """By name, the shape of each tensor."""
         self._readers: dict[str, Callable[[], Tensor]] = {}
-        for file in _weight_files(path):
+        for file in weight_files(path):
             for name, shape, read in _open(file):
                 if name in self.shapes:
                     raise ValueError(f"{path}: two files hold a tensor {name!r}")
@@ -57,7 +57,13 @@ class Checkpoint:
         return len({name.removeprefix(prefix).split(".")[0] for name in self.shapes if name.startswith(prefix)})
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The files of the weights: of the folder's index, or all of the first kind that is there; `path` if it is a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no weights in the folder.
+        ValueError: if the index names a file outside of the folder, or there are several models.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -75,7 +81,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _files_of_index(index: Path) -> list[Path]:
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} has no weight_map")
     files = []
@@ -88,7 +94,12 @@ def _files_of_index(index: Path) -> list[Path]:
     return files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: if it is no JSON, or no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_float)
     except (ValueError, RecursionError) as error:

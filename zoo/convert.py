@@ -17,8 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import has_file, logging
 
 from zoo import registry
 from zoo.checkpoint import Checkpoint
@@ -322,6 +329,14 @@ def save_imported(source: str | PathLike, destination: str | PathLike) -> PreTra
     return model
 
 
+def save_exported(source: str | PathLike, destination: str | PathLike, to: str = "transformers") -> None:
+    """Export a folder of the zoo, or a repository on the Hub, with its tokenizer; raises as `export_checkpoint`."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    has_tokenizer = has_file(source, "tokenizer_config.json")
+    tokenizer = AutoTokenizer.from_pretrained(source) if has_tokenizer else None
+    export_checkpoint(model, destination, to=to, tokenizer=tokenizer)
+
+
 def _target(model: PreTrainedModel, library: str) -> tuple[Layout, PreTrainedConfig | None]:
     """The layout to write a model in, and its configuration there, if there is one."""
     plugin = next((p for p in registry.plugins().values() if isinstance(model, p.models)), None)
@@ -342,8 +357,6 @@ def _target(model: PreTrainedModel, library: str) -> tuple[Layout, PreTrainedCon
 
 
 def _architecture(config: PreTrainedConfig) -> str:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 (the table is large, and of use here alone)
-
     return AutoModelForCausalLM._model_mapping[type(config)].__name__
 
 

@@ -1,0 +1,7 @@
+"""Publishing on the Hugging Face Hub: `zoo publish CHECKPOINT user/name`.
+
+upload.py        one commit, which goes on where it stopped and replaces nothing of others
+publication.py   what of a checkpoint is published
+card.py          the model card, written from facts at hand
+scores.py        results of lm-eval, for the card
+"""

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -403,11 +404,27 @@ def test_the_command_of_lm_eval_knows_the_zoo(checkpoint, task, tmp_path, model)
     assert json.loads(written.read_text())["results"] == json.loads((tmp_path / "zoo.json").read_text())["results"]
 
 
+def test_a_process_without_documents_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(harness, "connect_processes", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="2 documents of parity_min_length3_length40 are too few for 3 processes"):
+        harness.evaluate(checkpoint, ["parity"], limit=2)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work(checkpoint, task, tmp_path):
     """7 documents on 2 CPU processes, as `accelerate launch` starts them; one of them speaks."""
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    words = ["eval", checkpoint, "--tasks", f"{task},bits_per_byte,parity", "--limit", "7", "--device", "cpu", "--output"]
+    words = [
+        "eval",
+        checkpoint,
+        "--tasks",
+        f"{task},bits_per_byte,parity",
+        "--limit",
+        "7",
+        "--device",
+        "cpu",
+        "--output",
+    ]
     assert main([*words, str(one)]) == 0
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
     done = subprocess.run(

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "zoo"
 
 # A module may import the zoo's modules named here (a name stands for everything below it). `errors`, `files`, `layout`
 # and `processes` know nothing of the zoo, so everyone may use them.
-BASE = {"zoo.errors", "zoo.files", "zoo.layout", "zoo.processes"}
+BASE = {"zoo.errors", "zoo.files", "zoo.layout", "zoo.processes", "zoo.provenance"}
 CONTRACT = BASE | {"zoo.cache", "zoo.config", "zoo.mixer", "zoo.ops"}
 SPINE = CONTRACT | {"zoo.nn", "zoo.moe", "zoo.modeling", "zoo.registry"}
 PUBLIC = SPINE | {"zoo", "zoo.segments", "zoo.checkpoint", "zoo.convert", "zoo.inspection", "zoo.evaluate", "zoo.tasks"}
@@ -21,6 +21,7 @@ ALLOWED = {
     "zoo.files": set(),
     "zoo.layout": set(),
     "zoo.processes": set(),
+    "zoo.provenance": {"zoo.layout"},
     "zoo.checkpoint": set(),
     "zoo.convert": SPINE | {"zoo.checkpoint"},
     "zoo.cache": BASE,
@@ -34,10 +35,10 @@ ALLOWED = {
     "zoo.segments": SPINE,
     "zoo.inspection": SPINE,
     "zoo.tasks": BASE | {"zoo.tasks"},
-    "zoo.evaluate": PUBLIC | {"zoo.bench", "zoo.hub.scores"},
+    "zoo.evaluate": PUBLIC | {"zoo.bench.results", "zoo.hub.scores"},
     "zoo.train": PUBLIC | {"zoo.train", "zoo.cli"},
     "zoo.selftest": BASE | {"zoo.ops"},
-    "zoo.bench": PUBLIC | {"zoo.bench"},
+    "zoo.bench": PUBLIC | {"zoo.bench", "zoo.train"},
     "zoo.hub": PUBLIC | {"zoo.hub"},
     "zoo.charts": set(),
     "zoo.plots": PUBLIC | {"zoo.bench.results", "zoo.charts", "zoo.train.report"},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zoo
 from zoo.cli import main
 from zoo.tasks import load_task
-from zoo.train import checkpoint, data, loop
+from zoo.train import batches, checkpoint, data, distributed, loop, sources, store
 from zoo.train.config import TrainSection, load_config, to_yaml
 from zoo.train.optimizer import learning_rate_schedule, make_optimizers
 from zoo.train.store import TokenStore
+from zoo.train.validation import Score
 
 
 @pytest.fixture
@@ -101,7 +103,8 @@ def test_auxiliary_losses_are_logged(recipe, tmp_path):
 
 def test_any_split_of_a_batch_gives_the_same_update(train):
     """Token-normalised: rows that are padded count by their tokens. Here micro-batches; ranks are tested elsewhere."""
-    words = ["train.tokens=512", "train.epsilon=1e-2", "train.z_loss=1e-4"]
+    # With a small rate and a large epsilon an update is not much coarser than the sums that it is made of.
+    words = ["train.tokens=512", "train.learning_rate=3e-4", "train.epsilon=1e-2", "train.z_loss=1e-4"]
     runs = [train(*words, f"data.micro_batch_size={rows}", into=f"run-{rows}") for rows in (4, 1, 3)]
     for other in runs[1:]:
         assert_same_curve(runs[0], other, 1e-5)
@@ -114,8 +117,16 @@ def test_the_same_seed_gives_the_same_run(train):
     assert curve(train("train.tokens=640", "train.seed=1", into="c")) != curve(first)
 
 
-def test_a_run_goes_on_to_the_bit(train, recipe, tmp_path):
-    """Killed in a step, and while it writes a checkpoint; with dropout, accumulation and a source that streams."""
+def test_a_run_goes_on_to_the_bit(train, recipe, tmp_path, monkeypatch):
+    """Killed in a step, and while it writes a checkpoint; with dropout, accumulation and a source that streams.
+
+    Shards and windows are so small that the source is still being read when the run is killed.
+    """
+    monkeypatch.setattr(store, "_SMALLEST_SHARD", 64)
+    monkeypatch.setattr(store, "_LARGEST_SHARD", 64)
+    monkeypatch.setattr(batches, "WINDOW", 4)
+    monkeypatch.setattr(data, "WINDOW", 4)
+    monkeypatch.setattr(sources, "_BATCH", 1)
     words = [
         "model.preset=transformer-tiny",
         "model.overrides.attention_dropout=0.1",
@@ -123,12 +134,15 @@ def test_a_run_goes_on_to_the_bit(train, recipe, tmp_path):
         "data.micro_batch_size=2",
         "train.optimizer=muon",
     ]
-    whole = train(*words, into="whole")
+    whole = train(*words, f"data.cache={tmp_path / 'other'}", into="whole")
     for moment in ("_update", "save_checkpoint"):
         script = (
             "import os, sys\n"
             "from zoo.cli import main\n"
-            "from zoo.train import loop, checkpoint\n"
+            "from zoo.train import batches, checkpoint, data, loop, sources, store\n"
+            "store._SMALLEST_SHARD = store._LARGEST_SHARD = 64\n"
+            "batches.WINDOW = data.WINDOW = 4\n"
+            "sources._BATCH = 1\n"
             f"target = loop.Run if {moment == '_update'} else checkpoint.torch\n"
             f"name = {'_update' if moment == '_update' else 'save'!r}\n"
             "call, calls = getattr(target, name), []\n"
@@ -143,6 +157,9 @@ def test_a_run_goes_on_to_the_bit(train, recipe, tmp_path):
         command = [sys.executable, "-c", script, str(recipe), f"train.output={tmp_path / 'run'}", *words]
         assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
         assert checkpoints(tmp_path / "run")
+        (filled,) = (path for path in (tmp_path / "cache").glob("code-*") if "held-out" not in path.name)
+        assert not TokenStore(filled, "uint16").is_complete
+    assert int(checkpoints(tmp_path / "run")[-1].removeprefix("step-")) < len(curve(tmp_path / "run"))
     went_on = train(*words)
     assert curve(went_on) == curve(whole)
     assert _weights(went_on) == _weights(whole)
@@ -226,9 +243,66 @@ def test_a_damaged_checkpoint_is_passed_over(train, capsys):
     assert "going on from step-00000014" in out
 
 
+def test_damaged_checkpoints_never_push_out_a_whole_one(train):
+    run = train("train.keep=3")
+    for step in (14, 20):
+        weights = run / f"step-{step:08d}" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    train("train.keep=1", "train.evaluate_every=100", "train.save_every=5", "train.tokens=1408")
+    assert checkpoints(run)[-1] == "step-00000011"
+    AutoModelForCausalLM.from_pretrained(run / "latest")
+
+
+def test_only_damaged_checkpoints_do_not_start_anew(train, capsys):
+    run = train("train.tokens=256")
+    (run / "step-00000002" / "config.json").unlink()
+    before = curve(run)
+    train("train.tokens=512", status=1)
+    assert "none of the 1 checkpoints" in capsys.readouterr().err
+    assert curve(run) == before
+
+
+def test_a_file_added_to_a_checkpoint_does_no_harm(train, capsys):
+    (train("train.tokens=256") / "latest" / "notes.txt").write_text("mine")
+    train("train.tokens=512")
+    assert "going on from step-00000002" in capsys.readouterr().out
+
+
+def test_choices_of_the_machine_are_kept_on_resume(train, monkeypatch):
+    """They are not saved with a model."""
+    train("model.overrides.kernels=reference", "train.tokens=256")
+    kernels = []
+    step = loop.Run._step
+    monkeypatch.setattr(
+        loop.Run, "_step", lambda self, stop: kernels.append(self.raw_model.config.kernels) or step(self, stop)
+    )
+    train("model.overrides.kernels=reference", "train.tokens=384")
+    assert kernels == ["reference"]
+
+
+def test_rows_divide_among_processes(train, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "make_accelerator", lambda *args: SimpleNamespace(num_processes=3))
+    train(status=1)
+    assert "data.batch_size is 4, which does not divide among 3 processes" in capsys.readouterr().err
+
+
+def test_a_tracker_that_is_not_installed_is_named(train, capsys, monkeypatch):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    train("train.trackers=[wandb]", status=1)
+    assert "wandb is not installed: pip install wandb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["train.precision=bf16"], ["train.gradient_checkpointing=true"]], ids=str)
+def test_options_that_do_not_change_what_is_computed(train, words):
+    words = ["train.tokens=640", "train.learning_rate=1e-4", *words]
+    plain, other = train(*words[:2], into="plain"), train(*words, into="other")
+    assert_same_curve(plain, other, 0.05 if "bf16" in words[-1] else 1e-5)
+    assert next(iter(AutoModelForCausalLM.from_pretrained(other / "latest").parameters())).dtype == torch.float32
+
+
 def test_the_newest_checkpoints_and_the_best_are_kept(train, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(loop, "validate", lambda *args: loop.Score(next(losses), 0.0, 0.0, 1))
+    monkeypatch.setattr(loop, "validate", lambda *args: Score(next(losses), 0.0, 0.0, 1))
     run = train("train.save_every=4", "train.keep=2")
     assert checkpoints(run) == ["step-00000008", "step-00000016", "step-00000020"]
 
@@ -239,6 +313,8 @@ def test_the_newest_checkpoints_and_the_best_are_kept(train, monkeypatch):
         (["data.batch_size=8"], "is of another run: its data.batch_size is 4, the recipe says 8"),
         (["model.preset=mamba-tiny"], "its model.preset is 'retnet-tiny'"),
         (["train.seed=3"], "its train.seed is 0"),
+        (["train.learning_rate=1e-9"], "its train.learning_rate is 0.003"),
+        (["train.carry_state=true"], "its train.carry_state is False"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(train, capsys, words, message):
@@ -250,7 +326,7 @@ def test_a_checkpoint_of_another_run_is_refused(train, capsys, words, message):
 def test_changed_data_is_noticed(train, tmp_path, capsys):
     train("train.tokens=256")
     texts = tmp_path / "texts.jsonl"
-    texts.write_text(texts.read_text().replace("def ", "fed "))
+    texts.write_text(texts.read_text().replace("License", "Licence"))
     train("train.tokens=512", status=1)
     assert "the data changed since step-00000002" in capsys.readouterr().err
 
@@ -278,6 +354,8 @@ def test_an_output_in_use_is_refused(recipe, tmp_path, capsys):
         (["data.sources.code.fils=[a]"], "did you mean data.sources.code.files"),
         (["data.sources.code.corpus=stdlib"], "must set one of corpus, dataset and task"),
         (["model.overrides.pad_token_id=3"], "it follows from the tokenizer"),
+        (["train.schedule=wsd", "train.warmup_fraction=0.9"], "more than the whole run together"),
+        (["train.carry_state=true", "data.isolate_documents=false"], "leave data.isolate_documents on"),
         (["data.micro_batch_size=9"], "data.micro_batch_size must be from 1 to 4, got 9"),
         (["train.tokens=many"], "train.tokens: Value 'many'"),
     ],
@@ -325,14 +403,14 @@ def test_schedules_warm_up_and_end_where_they_say(schedule):
     settings = TrainSection(schedule=schedule, warmup_fraction=0.1, decay_fraction=0.25, final_fraction=0.05)
     factor = learning_rate_schedule(settings, 1000)
     assert factor(0) == pytest.approx(0.01)
-    assert factor(99) == factor(100) == 1
-    assert factor(1000) == pytest.approx(0.05)
-    assert all(factor(step) >= factor(step + 1) for step in range(100, 1000))
+    assert factor(99) == 1
+    assert factor(999) == pytest.approx(0.05)
+    assert all(factor(step) >= factor(step + 1) for step in range(99, 999))
     middle = {"cosine": 0.05 + 0.95 / 2, "linear": 0.05 + 0.95 / 2, "wsd": 1.0}
-    assert factor(550) == pytest.approx(middle[schedule])
+    assert factor(549) == pytest.approx(middle[schedule])
     if schedule == "wsd":
-        assert factor(750) == 1
-        assert factor(875) == pytest.approx(0.05 + 0.95 / 2)
+        assert factor(749) == 1
+        assert factor(874) == pytest.approx(0.05 + 0.95 / 2, rel=1e-2)
 
 
 def test_groups_are_those_that_the_plugin_declares():

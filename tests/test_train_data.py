@@ -11,11 +11,11 @@ from filelock import FileLock
 
 from zoo.train import batches as batching
 from zoo.train import data, store, tokenizer
-from zoo.train.batches import IGNORED, Batches, Stream
+from zoo.train.batches import Batches, Stream
 from zoo.train.config import SourceSection, load_config
 from zoo.train.corpora import read_corpus
 from zoo.train.sources import open_source
-from zoo.train.store import BackgroundFiller, Encoded, EncodedPiece, TokenStore
+from zoo.train.store import IGNORED, BackgroundFiller, Encoded, EncodedPiece, TokenStore
 
 
 def documents_of(lengths, start=1):

@@ -22,10 +22,10 @@ LAUNCH = shelf("recipes") / "launch"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def launch(file: str, recipe: Path, run: Path, *words: str) -> subprocess.Popen:
-    """Start two processes of a run, which note their output in `<run>.txt`."""
+def launch(file: str, recipe: Path, run: Path, *words: str, processes: int = 2) -> subprocess.Popen:
+    """Start the processes of a run, which note their output in `<run>.txt`."""
     starter = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / file)]
-    command = [*starter, "--num_processes", "2", "-m", "zoo.train", str(recipe), f"train.output={run}", *words]
+    command = [*starter, "--num_processes", str(processes), "-m", "zoo.train", str(recipe), f"train.output={run}", *words]
     with run.with_suffix(".txt").open("a") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT)
 
@@ -59,7 +59,8 @@ def wait_for_step(run: Path, step: int, started: subprocess.Popen) -> None:
 def test_one_process_and_two_give_the_same_model(tmp_path):
     """Data-parallel and sharded: losses, norms and the Hugging Face folder, with the head tied to the embedding."""
     recipe = write_recipe(tmp_path, "mamba-tiny")
-    words = ["train.tokens=640", "train.epsilon=1e-2", "train.save_every=3", "data.micro_batch_size=1"]
+    words = ["train.tokens=640", "train.save_every=3", "data.micro_batch_size=1"]
+    words += ["train.learning_rate=3e-4", "train.epsilon=1e-2"]  # updates not much coarser than their sums
     assert main(["train", str(recipe), f"train.output={tmp_path / 'one'}", *words]) == 0
     for name, file in (("ddp", "cpu.yaml"), ("fsdp", "fsdp2.yaml")):
         run = tmp_path / name
@@ -109,6 +110,16 @@ def test_killed_twice_a_run_goes_on_to_the_bit(tmp_path, file):
     assert text.count("going on from step-") == 2
     assert curve(run) == curve(whole)
     assert (run / "latest/model.safetensors").read_bytes() == (whole / "latest/model.safetensors").read_bytes()
+
+
+def test_how_a_run_is_started_changes_nothing(tmp_path):
+    """One process, plain and through the launcher: equal to the last bit."""
+    recipe = write_recipe(tmp_path)
+    plain, run = tmp_path / "plain", tmp_path / "run"
+    assert main(["train", str(recipe), f"train.output={plain}", "train.tokens=640"]) == 0
+    finish(launch("gpu.yaml", recipe, run, "train.tokens=640", processes=1), run)
+    assert curve(run) == curve(plain)
+    assert (run / "latest/model.safetensors").read_bytes() == (plain / "latest/model.safetensors").read_bytes()
 
 
 def test_one_of_two_asked_to_stop_stops_both(tmp_path):

@@ -128,6 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
     kind.add_argument("--repeats", type=int, default=9, help="rounds at most, of which the median counts")
     kind.add_argument("--output", type=Path, help="a CSV file for the rows; those of other models stay in it")
     kind.set_defaults(run=bench_length)
+    kind = kinds.add_parser("train", help="time steps of the tiny recipes on a CPU")
+    kind.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipes to time, as mamba; default: all")
+    kind.add_argument("--repeats", type=int, default=9, help="rounds at most, of which the median counts")
+    kind.add_argument("--output", type=Path, help="a CSV file for the rows; those of other recipes stay in it")
+    kind.set_defaults(run=bench_train)
     kind = kinds.add_parser("aot", help="compile the Triton kernels for GPUs that are not there")
     kind.add_argument("ops", nargs="*", metavar="OP", help="ops to compile; default: all")
     kind.add_argument("--output", type=Path, help="a CSV file for the rows")
@@ -147,7 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = next((word for word in words if not word.startswith("-")), None)
         if command is not None and command not in parser.get_default("known_commands"):
             raise unknown_name("command", command, parser.get_default("known_commands"))
-        parsed = parser.parse_args(words)
+        parsed, left = parser.parse_known_args(words)
+        if any(word.startswith("-") or "=" not in word or "assignments" not in parsed for word in left):
+            raise ValueError(f"unrecognized arguments: {' '.join(left)} (see zoo --help)")
+        if left:  # argparse takes words of one kind up to the first option, and no more of them behind it
+            parsed.assignments += left
         parsed.run(parsed)
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)
@@ -367,6 +376,12 @@ def bench_models(arguments: argparse.Namespace) -> None:
     from zoo.bench.models import bench_models  # noqa: PLC0415 (as above)
 
     bench_models(arguments.models, arguments.repeats, arguments.output)
+
+
+def bench_train(arguments: argparse.Namespace) -> None:
+    from zoo.bench.train import bench_train  # noqa: PLC0415 (as above)
+
+    bench_train(arguments.recipes, arguments.repeats, arguments.output)
 
 
 def bench_length(arguments: argparse.Namespace) -> None:

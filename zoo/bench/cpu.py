@@ -4,7 +4,6 @@ import ctypes
 import functools
 import gc
 import os
-import platform
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch.nn import functional as F
 
+from zoo import provenance
 from zoo.bench.results import Measurement, Peaks
 from zoo.bench.trial import AGREEMENT, Trial, difference
 
@@ -65,6 +65,15 @@ def measure(trials: list[Trial], repeats: int, peak_memory: bool, budget: float 
     return measurements
 
 
+def median_time(call: Callable[[], object], repeats: int, budget: float) -> tuple[float, int]:
+    """Processor time of a call on one thread, in seconds, and in how many rounds: as many as the budget allows."""
+    with _one_thread():
+        clocked = _Clocked(call, _processor_time(call), budget)
+        for turn in range(repeats):
+            clocked.take(turn)
+    return clocked.median()
+
+
 @functools.cache
 def peaks() -> Peaks:
     """What one core reads from memory in a second, and multiplies, in the faster of BLAS and oneDNN."""
@@ -79,12 +88,8 @@ def peaks() -> Peaks:
 
 
 def device_name() -> str:
-    """As /proc/cpuinfo has it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({instructions})"
+    """Of the CPU."""
+    return provenance.device_name(torch.device("cpu"))
 
 
 def allocator() -> str:
@@ -95,7 +100,7 @@ def allocator() -> str:
 class _Clocked:
     """Rounds of a contender, as many as its budget allows."""
 
-    def __init__(self, trial: Trial, first_seconds: float, budget: float):
+    def __init__(self, trial: Callable[[], object], first_seconds: float, budget: float):
         self._trial, self._samples = trial, []
         self._number, self._rounds = 1, 0
         if first_seconds > _TOO_LONG:

@@ -5,8 +5,6 @@ same pass; `loop` is the op's reference form, one step after the other in PyTorc
 """
 
 import csv
-import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,11 +14,10 @@ from typing import NamedTuple
 import torch
 import transformers
 
-import zoo
 from zoo.bench.workload import BOTH, FORWARD, Workload
 from zoo.errors import unknown_name
 from zoo.files import whole_file
-from zoo.layout import shelf
+from zoo.provenance import commit
 
 Row = dict[str, str | int]
 
@@ -99,7 +96,7 @@ def check_names(names: Sequence[str], known: Sequence[str], kind: str = "op") ->
 def provenance(device_name: str, threads: int, allocator: str) -> Row:
     """Where, when and with what the rows came to be."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name,
         "threads": threads,
@@ -160,7 +157,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise ValueError(f"{path} has other columns than this bench writes: remove it, or choose another --output")
+            raise ValueError(f"{path} has other columns than are written to it: remove it, or name another file")
         return list(reader)
 
 
@@ -186,17 +183,6 @@ def align(lines: list[list[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
-def _commit() -> str:
-    """Of the checkout, with `-dirty` where files differ from it; the version where the zoo is installed."""
-    root = shelf("evals").parent
-    if not (root / ".git").exists():
-        return f"v{zoo.__version__}"
-    if shutil.which("git") is None:
-        return "unknown"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
 def short(x: float) -> str:
     """Three digits, never an exponent for a large number."""
     return f"{x:.0f}" if x >= 1000 else f"{x:.3g}"
@@ -219,4 +205,4 @@ def verdict(targets: dict[str, float], figures: dict[str, float | None]) -> str:
 
 
 def _is_most(column: str) -> bool:
-    return column == "peak_megabytes"
+    return column in ("peak_megabytes", "loader")

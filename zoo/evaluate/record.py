@@ -1,18 +1,19 @@
 """Results of evaluations as rows of a CSV file, one a metric, of which `zoo plots` makes pictures and tables."""
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from zoo.bench import cpu
-from zoo.bench.results import Row, provenance, read_csv, write_csv
+from zoo.bench.results import Row, read_csv, write_csv
 from zoo.checkpoint import read_json
 from zoo.hub.scores import scores_of
 from zoo.inspection import state_bytes, state_grows
 from zoo.processes import connect_processes
+from zoo.provenance import commit, device_name
 
 _KEY = ("model", "task", "setting", "metric", "seed")
 COLUMNS = (
@@ -58,25 +59,28 @@ def _make_rows(results: dict[str, Any], checkpoint: str) -> list[Row]:
     facts = Path(checkpoint) / "training.json"
     training = read_json(facts) if facts.is_file() else {}
     device = torch.device(results["config"]["device"] or connect_processes().device)
-    source = provenance(_device_name(device), threads=torch.get_num_threads(), allocator=cpu.allocator())
+    source = {"commit": commit(), "device": device_name(device), "date": datetime.now(UTC).date().isoformat()}
     groups = {child: group for group, children in results["group_subtasks"].items() for child in children}
+    of_model = {
+        "model": _model_name(checkpoint),
+        "state_bytes": "" if state_grows(config) else state_bytes(config),
+        "parameters": results["config"]["model_num_parameters"],
+        "training_tokens": training.get("tokens", ""),
+        "seed": training.get("seed", ""),
+    }
     rows = []
     for score in scores_of(results):
         task = groups.get(score.task, score.task)
         rows.append(
             {
-                "model": _model_name(checkpoint),
                 "task": task,
                 "setting": score.task.removeprefix(task).removeprefix("_"),
                 "metric": score.metric,
                 "value": f"{score.value:.5g}",
                 "stderr": "" if score.stderr is None else f"{score.stderr:.2g}",
                 "documents": score.samples,
-                "state_bytes": "" if state_grows(config) else state_bytes(config),
-                "parameters": results["config"]["model_num_parameters"],
-                "training_tokens": training.get("tokens", ""),
-                "seed": training.get("seed", ""),
-                **{column: source[column] for column in ("commit", "device", "date")},
+                **of_model,
+                **source,
             }
         )
     return rows
@@ -89,9 +93,3 @@ def _model_name(checkpoint: str) -> str:
         return checkpoint
     folder = folder.absolute()
     return folder.parent.name if re.fullmatch(r"latest|step-\d+", folder.name) else folder.name
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return cpu.device_name()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,6 +1,17 @@
-"""Pretraining: `zoo train RECIPE [key=value ...]`, the same program as `python -m zoo.train`.
+"""Pretraining: `zoo train RECIPE [key=value ...]`, the same program as `accelerate launch ... -m zoo.train RECIPE`.
 
-config.py   what a recipe may say
-data.py     corpora without a download, the tokenizer, batches
-loop.py     the loop, its log, its checkpoints
+config.py        what a recipe may say
+corpora.py       text that needs no download
+sources.py       corpora, datasets and tasks, read in one way
+tokenizer.py     a published tokenizer, or one trained on the documents
+store.py         tokens on disk, memory-mapped, appended to while they are read
+batches.py       rows and their order: a batch is a function of seed, step and rank
+data.py          all of that for a recipe
+optimizer.py     AdamW, Muon, learning rates
+distributed.py   one process or many
+loop.py          the run
+checkpoint.py    what it saves and goes on from; output.py, its folder; stop.py, how it is ended
+validation.py    how well it predicts held-out text
+report.py        log, progress bar, pictures
+plan.py          what a run will take, before it runs
 """

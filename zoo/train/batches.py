@@ -12,10 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.train.store import BackgroundFiller, TokenStore
-
-IGNORED = -100
-"""The target of a token that predicts nothing."""
+from zoo.train.store import IGNORED, BackgroundFiller, TokenStore
 
 WINDOW = 4096
 """Rows of a streamed source that are shuffled among each other: it is not known how many will follow."""
@@ -70,7 +67,8 @@ class Batches:
             `input_ids` and `shift_labels` (b t), and `position_ids` (b t) where documents are isolated or the state is
             carried; b is the batch size over the number of processes.
         """
-        share = self.batch_size // world_size
+        share, left = divmod(self.batch_size, world_size)
+        assert not left, f"{self.batch_size} rows do not divide among {world_size} processes"
         first = step * self.batch_size + rank * share
         rows = [self._row(first + i, step) for i in range(share)]
         ids, targets, positions = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))

@@ -10,6 +10,7 @@ A folder is written under another name and renamed when it is whole; `trainer/st
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -92,17 +93,22 @@ def save_checkpoint(
         raw = accelerator.unwrap_model(model)
         for tied in raw.all_tied_weights_keys:  # a sharded model gives them once more, under their own name
             weights.pop(tied, None)
-        raw.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        for name, text in texts.items():
-            (partial / name).write_text(text)
-        torch.save(moments, partial / "trainer" / "optimizer.pt")
-        state = {**asdict(progress), "files": _sizes(partial)}
-        (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        try:
+            raw.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+            for name, text in texts.items():
+                (partial / name).write_text(text)
+            torch.save(moments, partial / "trainer" / "optimizer.pt")
+            state = {**asdict(progress), "files": _sizes(partial)}
+            (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            _write_through(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
+            raise
         remove_folder(folder)
         partial.rename(folder)
         point_latest(output, folder)
-        _prune(output, keep, progress.best_step)
+        _prune(output, progress.step, keep, progress.best_step)
     accelerator.wait_for_everyone()
     return folder
 
@@ -111,15 +117,21 @@ def find_checkpoint(output: Path, say: Callable[[str], None]) -> tuple[Path, Pro
     """The newest whole checkpoint of a run, and how far it had come; None if there is none.
 
     One that is damaged is passed over, and `say` gets a line about it.
+
+    Raises:
+        ValueError: if there are checkpoints, and all of them are damaged.
     """
     for folder in sorted(_checkpoints(output), reverse=True):
         try:
             state = json.loads((folder / "trainer" / "state.json").read_text())
-            if state.pop("files") == _sizes(folder):
+            found = _sizes(folder)
+            if all(found.get(name) == size for name, size in state.pop("files").items()):
                 return folder, Progress(**state)
             say(f"{folder} is not whole: a file is missing or has another size")
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"{folder} is not whole: {error}")
+    if damaged := _checkpoints(output):
+        raise ValueError(f"none of the {len(damaged)} checkpoints in {output} is whole: remove them to start anew")
     return None
 
 
@@ -173,10 +185,21 @@ def _checkpoints(output: Path) -> list[Path]:
     return [path for path in output.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
 
 
-def _prune(output: Path, keep: int, best_step: int | None) -> None:
-    for folder in sorted(_checkpoints(output))[:-keep]:
-        if int(folder.name.removeprefix("step-")) != best_step:
+def _prune(output: Path, step: int, keep: int, best_step: int | None) -> None:
+    """Leave the newest up to a step, and the best; what is behind that step is damaged, and the run went around it."""
+    numbers = {int(folder.name.removeprefix("step-")): folder for folder in _checkpoints(output)}
+    kept = [*sorted(number for number in numbers if number <= step)[-keep:], best_step]
+    for number, folder in numbers.items():
+        if number not in kept:
             remove_folder(folder)
+
+
+def _write_through(folder: Path) -> None:
+    """Have the disk hold what was written, before anything older is removed."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _sizes(folder: Path) -> dict[str, int]:

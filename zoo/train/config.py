@@ -264,6 +264,12 @@ def _check_values(config: TrainConfig) -> None:
                 raise unknown_name(name, choice, known)
     if not data.sources:
         raise ValueError("data.sources names nothing to train on")
+    if train.schedule == "wsd" and train.warmup_fraction + train.decay_fraction > 1:
+        raise ValueError("train.warmup_fraction and train.decay_fraction are more than the whole run together")
+    if train.carry_state and not data.isolate_documents:
+        raise ValueError("train.carry_state starts anew where documents do: leave data.isolate_documents on")
+    if train.carry_state and train.gradient_checkpointing:
+        raise ValueError("train.gradient_checkpointing reads a row twice, so that no state can be carried: use one")
     if train.carry_state and (len(data.sources) > 1 or any(s.streaming or s.task for s in data.sources.values())):
         raise ValueError("train.carry_state reads one source from beginning to end: one that is no task, not streaming")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

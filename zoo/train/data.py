@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from zoo.train.batches import IGNORED, WINDOW, Batches, Stream
+from zoo.train.batches import WINDOW, Batches, Stream
 from zoo.train.config import DataSection, TrainConfig
 from zoo.train.sources import Document, Source, open_source, texts_of
-from zoo.train.store import BackgroundFiller, Encoded, EncodedPiece, TokenStore
+from zoo.train.store import IGNORED, BackgroundFiller, Encoded, EncodedPiece, TokenStore
 from zoo.train.tokenizer import (
     TRAINED_ON_THE_SPOT,
     UNKNOWN_WORD,
+    count_entries,
     fingerprint_of,
     load_tokenizer,
     trained_tokenizer,
@@ -94,7 +95,13 @@ def prepare_data(
             raise ValueError(f"data.sources.{source.name} is empty: there is nothing to train on")
         streams.append(Stream(store, section.weight, is_streamed, filler))
         for name, documents in source.held_out().items():
+            if name in validation:
+                raise ValueError(
+                    f"two sources hold out a text named {name!r}: name data.sources.{source.name} otherwise"
+                )
             validation[name] = _held_out_store(cache, source, tokenizer, length, name, documents)
+            if validation[name].tokens < 2:
+                raise ValueError(f"data.sources.{source.name}: the text that is held out is empty")
     batches = Batches(
         streams,
         length,
@@ -122,10 +129,16 @@ def _find_tokenizer(data: DataSection, sources: list[Source], cache: Path) -> Pr
         return trained_tokenizer(
             data.tokenizer,
             data.vocab_size,
-            _some_of(chain.from_iterable(map(texts_of, sources))),
+            _some_of(_in_turn([texts_of(source) for source in sources])),
             cache,
             json.dumps([source.fingerprint for source in sources]),
         )
+
+
+def _in_turn(sources: list[Iterator[str]]) -> Iterator[str]:
+    """A text of each source, then another of each that has one."""
+    for texts in zip_longest(*sources):
+        yield from (text for text in texts if text is not None)
 
 
 def _some_of(texts: Iterator[str]) -> Iterator[str]:
@@ -146,7 +159,7 @@ def _store(
     row_length = length if source.is_task else None
     facts = json.dumps([_FORMAT, source.fingerprint, fingerprint_of(tokenizer), row_length, held_out])
     key = hashlib.sha256(facts.encode()).hexdigest()[:20]
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if count_entries(tokenizer) <= 2**16 else np.uint32)
     name = "-".join(filter(None, (source.name, held_out, key)))
     return TokenStore(cache / name, dtype, row_length, tokenizer.eos_token_id)
 
@@ -207,11 +220,9 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _checked_ids(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, source: str) -> Encoded:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer):
-        raise ValueError(
-            f"data.sources.{source} holds the ids {ids.min()} to {ids.max()}, the tokenizer has {len(tokenizer)}"
-        )
-    end = tokenizer.eos_token_id
+    entries, end = count_entries(tokenizer), tokenizer.eos_token_id
+    if len(ids) and not 0 <= ids.min() <= ids.max() < entries:
+        raise ValueError(f"data.sources.{source} holds the ids {ids.min()} to {ids.max()}, the tokenizer has {entries}")
     text_bytes = len(tokenizer.decode(ids, skip_special_tokens=True).encode())
     return Encoded(ids if len(ids) and ids[0] == end else np.append(end, ids), None, text_bytes)
 

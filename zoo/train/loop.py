@@ -7,22 +7,20 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import zip_longest
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.cache import detach_state
-from zoo.inspection import state_bytes
-from zoo.registry import create_config, create_model
-from zoo.train.batches import IGNORED
+from zoo.provenance import commit, device_name
 from zoo.train.checkpoint import (
     Progress,
     find_checkpoint,
@@ -33,13 +31,14 @@ from zoo.train.checkpoint import (
 from zoo.train.config import TrainConfig, to_yaml
 from zoo.train.data import TrainingData, prepare_data
 from zoo.train.distributed import make_accelerator
+from zoo.train.model import check_model, make_model
 from zoo.train.optimizer import learning_rate_schedule, make_optimizers, set_learning_rate
 from zoo.train.output import check_recipe, claimed, flat
-from zoo.train.plan import memory_in_use, multiplied_parameters, peak_of
-from zoo.train.provenance import commit, device_name
+from zoo.train.plan import make_plan, memory_in_use, peak_of
 from zoo.train.report import ProgressBar, RunLog, describe_scores, plot_run
 from zoo.train.stop import StopRequest, stop_requests
-from zoo.train.validation import Score, unigram_baseline, validate
+from zoo.train.store import IGNORED
+from zoo.train.validation import Score, generate_sample, unigram_baseline, validate
 
 
 def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Score]:
@@ -61,13 +60,17 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Sc
     output = Path(config.train.output).expanduser()
     if output.exists() and not output.is_dir():
         raise ValueError(f"train.output {output} is a file")
-    create_config(config.model.preset, **config.model.overrides)  # an error in it shall not wait for the data
-    accelerator = make_accelerator(str(output), config.train.trackers)
-    try:
-        with claimed(output, accelerator):
-            return Run(config, output, accelerator, say).train()
-    finally:
-        accelerator.end_training()
+    check_model(config)  # an error in it shall not wait for the data
+    accelerator = make_accelerator(output, config.train.trackers)
+    if config.data.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"data.batch_size is {config.data.batch_size}, which does not divide among {accelerator.num_processes} "
+            "processes"
+        )
+    with claimed(output, accelerator):
+        scores = Run(config, output, accelerator, say).train()
+    accelerator.end_training()  # not after an error: other processes may still be waiting for this one
+    return scores
 
 
 class Run:
@@ -77,66 +80,40 @@ class Run:
         self.config, self.output, self.accelerator = config, output, accelerator
         self.is_main = accelerator.is_main_process
         self.say = say if self.is_main else lambda line: None
-        found = find_checkpoint(output, self.say)
-        folder, self.progress = found or (None, Progress())
+        found = [find_checkpoint(output, self.say) if self.is_main else None]
+        folder, self.progress = broadcast_object_list(found)[0] or (None, Progress())
         if folder is not None:
             check_recipe(config, folder)
-        torch.manual_seed(config.train.seed)
         tokenizer = AutoTokenizer.from_pretrained(folder) if folder else None
         self.data: TrainingData = prepare_data(config, tokenizer, self.say, show_progress=self.is_main)
         self.tokenizer: PreTrainedTokenizerBase = self.data.tokenizer
-        if folder is not None and self.progress.data_sha256 != self.data.sha256:
-            raise ValueError(f"the data changed since {folder.name} was written: choose another train.output")
-        self.progress.data_sha256 = self.data.sha256
-        model = self._make_model(folder)
-        self.parameters = model.num_parameters()
-        self.flops_per_token = 6 * multiplied_parameters(model)
-        tokens_a_step = config.data.batch_size * config.data.sequence_length
-        self.steps = max(1, round(config.train.tokens / tokens_a_step))
-        self.factor = learning_rate_schedule(config.train, self.steps)
+        self._check_data(folder)
+        torch.manual_seed(config.train.seed)
+        model = make_model(config, self.tokenizer, folder)
+        self.say(f"{config.model.preset}: {model.num_parameters():,} parameters")
+        self.plan = make_plan(config, model, accelerator.num_processes)
+        self.factor = learning_rate_schedule(config.train, self.plan.steps)
         optimizers = make_optimizers(model, config.train)
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
-        torch.manual_seed(config.train.seed + accelerator.process_index)  # each process drops out other activations
+        self.raw_model: PreTrainedModel = accelerator.unwrap_model(self.model)
+        # Each process drops out other activations, and with another number of processes not those of the start again.
+        torch.manual_seed(config.train.seed + accelerator.process_index + 1_000_003 * self.progress.step)
         self.carried: list[Cache] = []
         if folder is not None:
             self._resume(folder)
         if config.train.compile:
-            accelerator.unwrap_model(self.model).compile()
+            self.raw_model.compile()
         precision = config.train.precision
         uses_bf16 = precision == "bf16" or (precision == "auto" and accelerator.device.type == "cuda")
         self.autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=uses_bf16)
-        self.baselines = {name: unigram_baseline(store) for name, store in self.data.validation.items()}
 
-    @property
-    def raw_model(self) -> PreTrainedModel:
-        """The model without what Accelerate wrapped around it."""
-        return self.accelerator.unwrap_model(self.model)
-
-    def _make_model(self, folder: Path | None) -> PreTrainedModel:
-        """A model with fresh weights, or with those of a checkpoint."""
-        settings, tokenizer = self.config.model, self.tokenizer
-        vocab_size = settings.overrides.get("vocab_size", len(tokenizer))
-        if vocab_size < len(tokenizer):
-            raise ValueError(f"model.overrides.vocab_size is {vocab_size}, the tokenizer has {len(tokenizer)} entries")
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        fields = {**settings.overrides, **special, "vocab_size": vocab_size}
-        config = create_config(settings.preset, **fields)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and longest < self.config.data.sequence_length:
-            raise ValueError(
-                f"data.sequence_length is {self.config.data.sequence_length}, the model reads {longest} tokens: set "
-                "model.overrides.max_position_embeddings"
-            )
-        if self.config.train.carry_state and state_bytes(config, 1) != state_bytes(config, 2):
-            raise ValueError(f"train.carry_state: a layer of {settings.preset} keeps more with every token it reads")
-        if folder is None:
-            model = create_model(settings.preset, **fields)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder)
-        if self.config.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.say(f"{settings.preset}: {model.num_parameters():,} parameters")
-        return model.train()
+    def _check_data(self, folder: Path | None) -> None:
+        """Raise unless the data are those of the checkpoint, and the same in all processes."""
+        if folder is not None and self.progress.data_sha256 != self.data.sha256:
+            raise ValueError(f"the data changed since {folder.name} was written: choose another train.output")
+        self.progress.data_sha256 = self.data.sha256
+        if len(set(gather_object([self.data.sha256]))) > 1:
+            raise ValueError("processes read different data: put data.cache on a disk that all of them see")
 
     def _resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
@@ -160,51 +137,54 @@ class Run:
 
     def train(self) -> dict[str, Score]:
         """Go through the steps that are left, then score all of the held-out texts."""
-        settings, progress = self.config.train, self.progress
-        self.output.mkdir(parents=True, exist_ok=True)
+        settings, progress, plan = self.config.train, self.progress, self.plan
         if settings.trackers:
             self.accelerator.init_trackers("zoo", flat(OmegaConf.to_container(OmegaConf.structured(self.config))))
         log = RunLog(self.output / "log.jsonl", progress.step) if self.is_main else None
-        tokens_a_step = self.config.data.batch_size * self.config.data.sequence_length
-        bar = ProgressBar(self.config.model.preset, self.steps * tokens_a_step, progress.tokens, self.is_main)
+        bar = ProgressBar(self.config.model.preset, plan.tokens, progress.tokens, self.is_main)
         _, peak = peak_of(self.accelerator.device)
         evaluate_every = settings.evaluate_every or settings.save_every
-        with stop_requests(bar.say if self.is_main else self.say) as stop:
-            try:
-                while progress.step < self.steps:
+        try:
+            with stop_requests() as stop:
+                is_stopped = False
+                while progress.step < plan.steps and not is_stopped:
                     started = time.perf_counter()
-                    figures, stopped = self._step(stop)
+                    figures, is_stopped = self._step(stop)
                     seconds = time.perf_counter() - started
-                    speed = tokens_a_step / seconds
-                    mfu = speed * self.flops_per_token / (peak * self.accelerator.num_processes)
                     progress.hours += seconds / 3600
-                    is_last = progress.step == self.steps
-                    is_saved = is_last or stopped or progress.step % settings.save_every == 0
+                    speed = plan.tokens_per_step / seconds
+                    mfu = speed * plan.flops_per_token / (peak * self.accelerator.num_processes)
                     row = {"step": progress.step, **figures, "tokens_per_second": speed, "mfu": mfu}
-                    if self.data.validation and (is_last or progress.step % evaluate_every == 0):
-                        row["validation"] = self._validate(None if is_last else settings.evaluate_rows, bar)
-                        is_saved |= progress.best_step == progress.step
+                    is_last = progress.step == plan.steps
+                    is_validated = self.data.validation and (is_last or progress.step % evaluate_every == 0)
+                    if is_validated:
+                        row["validation"] = self._validate(None if is_last else settings.evaluate_rows)
                     if log is not None:
                         log.write(**row)
                         self._track(row)
-                    memory = memory_in_use(self.accelerator.device)
-                    shown = {"tok/s": f"{speed:,.0f}", "mfu": f"{mfu:.0%}", "memory": f"{memory / 1e9:.1f}G"}
-                    if progress.skipped:
-                        shown["skipped"] = str(progress.skipped)
-                    bar.update(tokens_a_step, figures["loss"], **shown)
-                    if is_saved:
+                    bar.update(plan.tokens_per_step, figures["loss"], **self._shown(speed, mfu))
+                    is_best = progress.best_step == progress.step
+                    if is_last or is_stopped or is_best or progress.step % settings.save_every == 0:
                         self._save()
-                    if stopped:
-                        break
-            finally:
-                bar.close()
-                if log is not None:
-                    log.close()
-                self.data.close()
-        if progress.step < self.steps:
+                    if is_stopped:
+                        bar.say("asked to stop: saved")
+                    elif is_validated and not is_last:
+                        bar.say(self._describe_validation())
+        finally:
+            bar.close()
+            if log is not None:
+                log.close()
+            self.data.close()
+        if progress.step < plan.steps:
             self.say(f"stopped after step {progress.step}; the same command goes on from {self.output / 'latest'}")
             return {}
         return self._report()
+
+    def _shown(self, speed: float, mfu: float) -> dict[str, str]:
+        """What the progress bar says beside the loss."""
+        memory = memory_in_use(self.accelerator.device)
+        shown = {"tok/s": f"{speed:,.0f}", "mfu": f"{mfu:.0%}", "memory": f"{memory / 1e9:.1f}G"}
+        return shown | {"skipped": str(self.progress.skipped)} if self.progress.skipped else shown
 
     def _step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
         """One update of the weights; gives the figures of the log, and whether some process was asked to stop."""
@@ -218,7 +198,8 @@ class Run:
         rows = self.config.data.micro_batch_size or len(batch["input_ids"])
         parts = list(zip(*(x.split(rows) for x in batch.values()), strict=True))
         total, auxiliary, carried = 0.0, {}, []
-        for index, (part, cache) in enumerate(zip_longest(parts, self.carried)):
+        caches = self.carried or [None] * len(parts)
+        for index, (part, cache) in enumerate(zip(parts, caches, strict=True)):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last else accelerator.no_sync(self.model):
                 with self.autocast:
@@ -280,48 +261,40 @@ class Run:
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
-    def _validate(self, rows: int | None, bar: ProgressBar) -> dict[str, dict[str, float]]:
-        """Score the held-out texts, or some rows of each, and show a sample."""
-        data = self.config.data
-        rows_at_a_time = data.micro_batch_size or max(1, data.batch_size // self.accelerator.num_processes)
-        scores = {}
-        for name, store in self.data.validation.items():
-            with self.autocast:
-                score = validate(
+    def _validate(self, rows: int | None) -> dict[str, dict[str, float]]:
+        """Score the held-out texts, or some rows of each."""
+        data, progress = self.config.data, self.progress
+        with self.autocast:
+            scores = {
+                name: validate(
                     self.model,
                     store,
                     self.accelerator,
                     data.sequence_length,
-                    rows_at_a_time,
+                    data.micro_batch_size or max(1, data.batch_size // self.accelerator.num_processes),
                     self.tokenizer.eos_token_id,
                     data.isolate_documents,
                     rows,
                 )
-            scores[name] = score._asdict()
-        progress = self.progress
-        progress.scores = scores
-        mean = sum(score["loss"] for score in scores.values()) / len(scores)
-        if rows is not None:
-            losses = ", ".join(f"{name} {score['loss']:.3f}" for name, score in scores.items())
-            bar.say(f"step {progress.step}: held-out {losses} nats a token{indent(self._sample(), ' | ')}")
-            if progress.best_loss is None or mean < progress.best_loss:
-                progress.best_loss, progress.best_step = mean, progress.step
-        return scores
+                for name, store in self.data.validation.items()
+            }
+        progress.scores = {name: score._asdict() for name, score in scores.items()}
+        mean = sum(score.loss for score in scores.values()) / len(scores)
+        if rows is not None and (progress.best_loss is None or mean < progress.best_loss):
+            progress.best_loss, progress.best_step = mean, progress.step
+        return progress.scores
+
+    def _describe_validation(self) -> str:
+        losses = ", ".join(f"{name} {score['loss']:.3f}" for name, score in self.progress.scores.items())
+        return f"step {self.progress.step}: held-out {losses} nats a token{indent(self._sample(), ' | ')}"
 
     def _sample(self) -> str:
-        """A continuation of the prompt behind a line break; empty without a prompt. All processes draw the same."""
+        """A continuation of the prompt behind a line break; empty without a prompt."""
         prompt = self.config.train.sample_prompt
         if not prompt:
             return ""
-        model = self.raw_model.eval()
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.accelerator.device)
-        with torch.random.fork_rng(), self.autocast:
-            torch.manual_seed(0)
-            ids = model.generate(
-                **inputs, max_new_tokens=48, do_sample=True, temperature=0.8, pad_token_id=self.tokenizer.pad_token_id
-            )
-        model.train()
-        return "\n" + self.tokenizer.decode(ids[0], skip_special_tokens=True)
+        with self.autocast:
+            return "\n" + generate_sample(self.raw_model, self.tokenizer, prompt)
 
     def _track(self, row: dict[str, Any]) -> None:
         """Hand a line of the log to the trackers."""
@@ -335,15 +308,15 @@ class Run:
             self.model,
             self._bare_optimizers(),
             self.tokenizer,
-            {"recipe.yaml": to_yaml(self.config), "training.json": json.dumps(self._facts(), indent=2) + "\n"},
+            self._facts() if self.is_main else {},
             self.carried,
             self.config.train.keep,
         )
 
-    def _facts(self) -> dict[str, Any]:
-        """Where the weights come from."""
+    def _facts(self) -> dict[str, str]:
+        """Where the weights come from, as files."""
         progress = self.progress
-        return {
+        facts = {
             "step": progress.step,
             "tokens": progress.tokens,
             "skipped_steps": progress.skipped,
@@ -356,7 +329,7 @@ class Run:
                 },
                 "sha256": progress.data_sha256,
             },
-            "parameters": self.parameters,
+            "parameters": self.plan.parameters,
             "seed": self.config.train.seed,
             "world_size": progress.world_size,
             "device": device_name(self.accelerator.device),
@@ -365,14 +338,16 @@ class Run:
             "commit": commit(),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
         }
+        return {"recipe.yaml": to_yaml(self.config), "training.json": json.dumps(facts, indent=2) + "\n"}
 
     def _report(self) -> dict[str, Score]:
         """Show the scores of the held-out texts, draw the pictures, sample a text."""
         scores = {name: Score(**score) for name, score in self.progress.scores.items()}
         sample = self._sample()
         if self.is_main:
-            plot_run(self.output / "log.jsonl", self.output, self.baselines)
-            for line in describe_scores(scores, self.baselines):
+            baselines = {name: unigram_baseline(store) for name, store in self.data.validation.items()}
+            plot_run(self.output / "log.jsonl", self.output, baselines)
+            for line in describe_scores(scores, baselines):
                 self.say(line)
             if sample:
                 self.say(f"sample{indent(sample, '  | ')}")

@@ -22,17 +22,18 @@ def make_optimizers(model: ZooPreTrainedModel, settings: TrainSection) -> list[O
     betas = (settings.beta1, settings.beta2)
     if settings.optimizer == "adamw":
         return [AdamW(groups, betas=betas, eps=settings.epsilon, fused=True)]
-    matrices = {
-        id(module.weight)
-        for layer in model.base_model.layers
-        for module in layer.modules()
-        if isinstance(module, nn.Linear)
-    }
+    matrices = {id(p) for p in muon_matrices(model)}
     inside, outside = ([_part(group, matrices, wanted) for group in groups] for wanted in (True, False))
     return [
         Muon([group for group in inside if group["params"]], adjust_lr_fn="match_rms_adamw"),
         AdamW([group for group in outside if group["params"]], betas=betas, eps=settings.epsilon, fused=True),
     ]
+
+
+def muon_matrices(model: ZooPreTrainedModel) -> list[nn.Parameter]:
+    """What Muon takes: the weights of linear layers inside of the blocks."""
+    modules = (module for layer in model.base_model.layers for module in layer.modules())
+    return [module.weight for module in modules if isinstance(module, nn.Linear)]
 
 
 def _part(group: dict, chosen: set[int], wanted: bool) -> dict:
@@ -59,7 +60,7 @@ def learning_rate_schedule(settings: TrainSection, steps: int) -> Callable[[int]
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        progress = min(1.0, max(0.0, (step - (steps - fall)) / max(1, fall)))
+        progress = min(1.0, max(0.0, (step + 1 - (steps - fall)) / max(1, fall)))
         left = (1 + math.cos(math.pi * progress)) / 2 if settings.schedule == "cosine" else 1 - progress
         return final + (1 - final) * left
 

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from zoo.train.checkpoint import remove_partial
 from zoo.train.config import TrainConfig
+
+_SAME = ("seed", "carry_state", "optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "epsilon")
+"""Keys of `train` that a run cannot change on its way: an optimizer's state has them in it."""
 
 
 @contextmanager
@@ -18,33 +22,38 @@ def claimed(output: Path, accelerator: Accelerator) -> Iterator[None]:
     """Keep the folder of a run from other runs, and clear away what a killed one was writing.
 
     A folder that was made for a run which left nothing in it is removed again.
+
+    Raises:
+        ValueError: if another run has the folder; in all processes.
     """
-    if not accelerator.is_main_process:
-        yield
-        return
     made = [path for path in (output, *output.parents) if not path.exists()]
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock")
+    lock, is_free = FileLock(output / ".lock"), [True]
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+            remove_partial(output)
+        except Timeout:
+            is_free = [False]
+    if not broadcast_object_list(is_free)[0]:
+        raise ValueError(f"{output} is in use by another run: choose another train.output")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"{output} is in use by another run: choose another train.output") from error
-    try:
-        remove_partial(output)
         yield
     finally:
-        if made and [path.name for path in output.iterdir()] == [".lock"]:
-            (output / ".lock").unlink()
-            for path in made:
-                path.rmdir()
-        lock.release()
+        if accelerator.is_main_process:
+            if made and [path.name for path in output.iterdir()] == [".lock"]:
+                (output / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
+            lock.release()
 
 
 def check_recipe(config: TrainConfig, checkpoint: Path) -> None:
     """Raise unless a checkpoint is of the model and the data that a recipe describes."""
     written = OmegaConf.to_container(OmegaConf.load(checkpoint / "recipe.yaml"))
     wanted = OmegaConf.to_container(OmegaConf.structured(config))
-    for section, free in (("model", ()), ("data", ("micro_batch_size", "cache"))):
+    carries = config.train.carry_state  # then states are kept a micro-batch
+    for section, free in (("model", ()), ("data", ("cache",) if carries else ("cache", "micro_batch_size"))):
         before, now = flat(written[section], keep_lists=True), flat(wanted[section], keep_lists=True)
         for key in {**before, **now}:
             if key not in free and before.get(key) != now.get(key):
@@ -52,7 +61,7 @@ def check_recipe(config: TrainConfig, checkpoint: Path) -> None:
                     f"{checkpoint} is of another run: its {section}.{key} is {before.get(key)!r}, the recipe says "
                     f"{now.get(key)!r}; choose another train.output"
                 )
-    for key in ("seed", "optimizer"):
+    for key in _SAME:
         if written["train"][key] != wanted["train"][key]:
             raise ValueError(f"{checkpoint} is of another run: its train.{key} is {written['train'][key]!r}")
 

@@ -1,19 +1,24 @@
 """What a run will cost, before anything runs: parameters, steps, operations, memory, hours."""
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zoo.errors import unknown_name
+from zoo.inspection import embedding_parameters
 from zoo.moe import Experts
+from zoo.ops.linear import linear
 from zoo.registry import create_model
 from zoo.train.config import TrainConfig
+from zoo.train.model import check_model
+from zoo.train.optimizer import muon_matrices
+from zoo.train.tokenizer import TRAINED_ON_THE_SPOT, count_entries, load_tokenizer
 
 
 class Device(NamedTuple):
@@ -77,11 +82,19 @@ def plan_run(config: TrainConfig, device: str | None = None, devices: int = 1) -
         devices: how many of them, among which the rows of a step are divided.
 
     Raises:
-        ValueError: on an unknown device, or if the model of the recipe cannot be built.
+        ValueError: on an unknown device, if rows do not divide among so many, or if the model cannot be built.
     """
     if device is not None and device not in DEVICES:
         raise unknown_name("device", device, DEVICES)
-    overrides = {"vocab_size": config.data.vocab_size, **config.model.overrides}
+    if devices < 1 or config.data.batch_size % devices:
+        raise ValueError(f"data.batch_size is {config.data.batch_size}, which does not divide among {devices} devices")
+    check_model(config)
+    overrides = dict(config.model.overrides)
+    if "vocab_size" not in overrides:
+        trained = config.data.tokenizer in TRAINED_ON_THE_SPOT
+        overrides["vocab_size"] = (
+            config.data.vocab_size if trained else count_entries(load_tokenizer(config.data.tokenizer))
+        )
     with torch.device("meta"):
         model = create_model(config.model.preset, **overrides)
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,17 +112,17 @@ def make_plan(config: TrainConfig, model: PreTrainedModel, processes: int = 1) -
     """
     data, settings = config.data, config.train
     tokens_per_step = data.batch_size * data.sequence_length
-    tables = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    moments = 1 if settings.optimizer == "muon" else 2
+    matrices = muon_matrices(model) if settings.optimizer == "muon" else []
+    moments = 2 * trained - sum(p.numel() for p in matrices)
     rows = data.micro_batch_size or data.batch_size // processes
     return Plan(
         parameters=model.num_parameters(),
-        embedding_parameters=sum(weight.numel() for weight in tables.values()),
+        embedding_parameters=embedding_parameters(model),
         flops_per_token=6 * multiplied_parameters(model),
         tokens_per_step=tokens_per_step,
         steps=max(1, round(settings.tokens / tokens_per_step)),
-        state_memory=4 * trained * (2 + moments),
+        state_memory=4 * (2 * trained + moments),
         activation_memory=_activation_memory(model, rows, data.sequence_length, settings.gradient_checkpointing),
     )
 
@@ -135,7 +148,9 @@ def describe_plan(plan: Plan, name: str, peak: float, devices: int) -> Iterable[
     activations = "unknown activations"
     if plan.activation_memory is not None:
         activations = f"{plan.activation_memory / 1e9:.2f} GB activations of a micro-batch"
-    yield f"{'memory':<16}{plan.state_memory / 1e9:.2f} GB weights, gradients and moments, {activations}"
+    room = f", of {DEVICES[name].memory / 1e9:.0f} GB" if name in DEVICES else ""
+    state = f"{plan.state_memory / 1e9:.2f} GB weights, gradients and moments (shared out under FSDP2)"
+    yield f"{'memory':<16}{state}, {activations}{room}"
     hours = plan.hours(peak, devices)
     on = f"{devices} x {name}" if devices > 1 else name
     length = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
@@ -155,17 +170,16 @@ def peak_of(device: torch.device) -> tuple[str, float]:
 
 
 def measure_peak(device: torch.device, seconds: float = 0.3) -> float:
-    """Operations a second of products of square matrices, the best of some."""
+    """Operations a second of a linear layer on square matrices, the best of some."""
     n, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
-    a = b = torch.ones(n, n, device=device, dtype=dtype)  # no random numbers: a run that goes on must draw the same
+    a = torch.ones(n, n, device=device, dtype=dtype)  # no random numbers: a run that goes on must draw the same
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < seconds or best == float("inf"):
         before = time.perf_counter()
-        product = a @ b
+        linear(a, a)
         if device.type != "cpu":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - before)
-    del product
     return 2 * n**3 / best
 
 
@@ -173,8 +187,7 @@ def memory_in_use(device: torch.device) -> int:
     """Bytes that this process has taken: on the GPU at most so far, else of main memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with open("/proc/self/statm") as file:  # noqa: PTH123
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return psutil.Process().memory_info().rss
 
 
 def _activation_memory(model: PreTrainedModel, rows: int, length: int, checkpointing: bool) -> int | None:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,13 @@ def describe_scores(scores: Mapping[str, Score], baselines: Mapping[str, Baselin
     """A table of the validation sets, in lines."""
     yield f"{'held-out text, never trained on':<42}nats a token   bits per byte   accuracy"
     for name, score in scores.items():
-        yield f"  {name + ' loss':<40}{score.loss:12.3f}{score.bits_per_byte:16.3f}{score.accuracy:11.3f}"
-        yield f"  {'its unigram entropy':<40}{baselines[name].loss:12.3f}{baselines[name].bits_per_byte:16.3f}"
+        baseline = baselines[name]
+        yield f"  {name + ' loss':<40}{score.loss:12.3f}{_cell(score.bits_per_byte)}{score.accuracy:11.3f}"
+        yield f"  {'its unigram entropy':<40}{baseline.loss:12.3f}{_cell(baseline.bits_per_byte)}".rstrip()
+
+
+def _cell(bits_per_byte: float | None) -> str:
+    return f"{'-':>16}" if bits_per_byte is None else f"{bits_per_byte:16.3f}"
 
 
 def plot_run(log: Path, folder: Path, baselines: Mapping[str, Baseline]) -> None:
@@ -111,7 +116,7 @@ def plot_run(log: Path, folder: Path, baselines: Mapping[str, Baseline]) -> None
     losses = [row["loss"] for row in steps]
     axes.plot(numbers, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(numbers, list(accumulate(losses, smooth)), color="tab:blue", label="training")
-    for (name, baseline), color in zip(baselines.items(), colors, strict=False):
+    for (name, baseline), color in zip(baselines.items(), cycle(colors), strict=False):
         found = [(row["step"], row["validation"][name]["loss"]) for row in rows if name in row.get("validation", {})]
         if found:
             axes.plot(*zip(*found, strict=True), color=color, marker="o", markersize=3, label=f"held-out {name}")

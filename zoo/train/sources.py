@@ -132,6 +132,14 @@ def _less(limit: int | None, taken: int) -> int | None:
     return None if limit is None else limit - taken
 
 
+def _document(value: Any, source: str) -> Document:
+    if isinstance(value, list):
+        return np.asarray(value, dtype=np.int64)
+    if not isinstance(value, str):
+        raise ValueError(f"data.sources.{source}: a document is {value!r}, wanted text or token ids")
+    return value
+
+
 def _open_dataset(name: str, section: SourceSection) -> Source:
     import datasets  # noqa: PLC0415 (slow to import, and a corpus does not need it)
 
@@ -155,8 +163,7 @@ def _open_dataset(name: str, section: SourceSection) -> Source:
     facts = {key: value for key, value in dataclasses.asdict(section).items() if key not in ("weight", "streaming")}
 
     def documents(rows: Any) -> list[Document]:
-        column = rows[section.column]
-        return [value if isinstance(value, str) else np.asarray(value, dtype=np.int64) for value in column]
+        return [_document(value, name) for value in rows[section.column]]
 
     def read(resume: dict[str, Any] | None) -> Iterator[Piece]:
         stream = builder.as_streaming_dataset(split=section.split).skip(section.held_out)

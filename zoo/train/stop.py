@@ -1,9 +1,12 @@
 """Asked to stop, by a person (Ctrl-C) or by a scheduler (SIGTERM), a run ends its step and saves."""
 
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_PATIENCE = 3.0  # seconds in which further signals are the same request: a launcher may pass on what workers got too
 
 
 class StopRequest:
@@ -13,15 +16,16 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT instead of dying of them; a second one interrupts at once."""
-    stop = StopRequest()
+def stop_requests() -> Iterator[StopRequest]:
+    """Note SIGTERM and SIGINT instead of dying of them; another one, some seconds later, interrupts at once."""
+    stop, first = StopRequest(), 0.0
 
     def note(number: int, frame: Any) -> None:
-        if stop.requested:
+        nonlocal first
+        if stop.requested and time.monotonic() > first + _PATIENCE:
             raise KeyboardInterrupt
-        stop.requested = True
-        say("stopping after this step; once more to stop at once, without a checkpoint")
+        if not stop.requested:
+            stop.requested, first = True, time.monotonic()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -23,7 +23,9 @@ from filelock import FileLock, Timeout
 from zoo.files import whole_folder
 
 _SMALLEST_SHARD, _LARGEST_SHARD = 2**18, 2**25  # tokens; between them a shard is as large as all before it
-_IGNORED = -100
+
+IGNORED = -100
+"""The target of a token that predicts nothing."""
 
 
 class Encoded(NamedTuple):
@@ -67,6 +69,11 @@ class TokenStore:
         """How many tokens there are so far."""
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether documents say what is predicted, and it is not the tokens behind; asked of a store with tokens."""
+        return "targets" in self._open(0)
+
     def refresh(self) -> None:
         """Take in the shards that appeared since."""
         while not self.is_complete:
@@ -91,13 +98,14 @@ class TokenStore:
         if self.is_complete:
             return
         waiting: list[Encoded] = []
-        resume = self._resume
+        size, resume = 0, self._resume
         for piece in read(resume):
             waiting += piece.documents
+            size += sum(len(document.ids) for document in piece.documents)
             resume = piece.resume
-            if sum(len(document.ids) for document in waiting) >= self._next_size():
+            if size >= self._next_size():
                 self._publish(waiting, resume, is_last=False)
-                waiting = []
+                waiting, size = [], 0
                 yield
         self._publish(waiting, resume, is_last=True)
         yield
@@ -154,7 +162,7 @@ class TokenStore:
             if length > self.row_length:
                 raise ValueError(f"an example has {length} tokens, a row {self.row_length}: see data.sequence_length")
             if length > room:
-                yield Encoded(np.full(room, self.filler), np.full(room, _IGNORED), 0)
+                yield Encoded(np.full(room, self.filler), np.full(room, IGNORED), 0)
                 offset += room
             yield document
             offset += length
@@ -174,10 +182,10 @@ class TokenStore:
             starts = shard["starts"]
             low, high = np.searchsorted(starts, (start - shift, stop - shift))
             begins[starts[low:high] + shift - start] = True
-        if "targets" in self._open(0):
+        if self.has_targets:
             return ids, self._cut("targets", start, stop), begins
         targets = self._cut("tokens", start + 1, min(stop + 1, self.tokens))
-        return ids, np.append(targets, np.full(len(ids) - len(targets), _IGNORED)), begins
+        return ids, np.append(targets, np.full(len(ids) - len(targets), IGNORED)), begins
 
     def document_start(self, token: int) -> int:
         """Where the document begins that a token is of."""
@@ -236,7 +244,7 @@ class BackgroundFiller:
     def close(self) -> None:
         """Stop the thread; what it has not published is read again another time."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(timeout=5)  # it may be waiting for the network, and ends with the process
 
     def _run(self) -> None:
         view = TokenStore(self.store.folder, self.store.dtype, self.store.row_length, self.store.filler)

@@ -80,6 +80,11 @@ def _wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends, **special)
 
 
+def count_entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows an embedding needs: ids may have gaps, so that the largest counts."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
 def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash that changes when the tokenizer does: of its whole definition, or of its vocabulary and its class."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -1,0 +1,88 @@
+"""How speed depends on the length: reading a prompt of it, and decoding behind one: `zoo bench length`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import zoo
+from zoo.bench import cpu
+from zoo.bench.results import PROVENANCE, Row, align, check_names, provenance, read_csv, short, write_csv
+
+COLUMNS = (
+    *("model", "parameters", "pass", "length"),
+    "milliseconds",  # of the whole prompt, or of one token behind it
+    "tokens_per_second",
+    "state_bytes",  # of the sequence, once it is read
+    *("repeats", *PROVENANCE),
+)
+MODELS = ("transformer", "retnet", "mamba2", "rwkv7")
+
+_SIZES = {"hidden_size": 512, "num_hidden_layers": 6, "vocab_size": 4096}
+_LENGTHS = (256, 1024, 4096, 16384)
+_NEW = 16  # tokens that are decoded in a round
+_BUDGET = 2.0  # seconds that a length gets for its rounds
+
+
+def bench_length(names: Sequence[str] = (), repeats: int = 9, output: Path | None = None) -> None:
+    """Time models with random weights on one sequence of several lengths, on one thread of a CPU, and print a table.
+
+    Args:
+        names: of `MODELS`; all, where there is none.
+        repeats: rounds at most.
+        output: a CSV file. Rows go there as they are finished; those of other models stay in it.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    check_names(names, MODELS, kind="model")
+    if repeats < 1:
+        raise ValueError(f"--repeats must be 1 or more, got {repeats}")
+    source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
+    before = read_csv(output, COLUMNS) if output else []
+    rows: list[Row] = []
+    for name in (bar := tqdm(names or MODELS, unit="model", leave=False)):
+        model = zoo.create_model(f"{name}-tiny", **_SIZES).eval()
+        for length in _LENGTHS:
+            bar.set_description(f"{name} {length}")
+            rows += _measure(name, model, length, repeats, source)
+        if output:
+            measured = {row["model"] for row in rows}
+            write_csv([*(row for row in before if row["model"] not in measured), *rows], output, COLUMNS)
+    shown = COLUMNS[: COLUMNS.index("repeats")]
+    print(align([list(shown), *([str(row[column]) for column in shown] for row in rows)]))
+
+
+@torch.no_grad()
+def _measure(name: str, model: PreTrainedModel, length: int, repeats: int, source: Row) -> list[Row]:
+    tokens = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+    def read():
+        return model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+    state = read()
+
+    def decode():
+        for _ in range(_NEW):
+            model(tokens[:, :1], past_key_values=state)
+
+    calls: dict[str, tuple[Callable, int]] = {"reading": (read, length), "decoding": (decode, _NEW)}
+    rows = []
+    for which, (call, count) in calls.items():
+        seconds, rounds = cpu.median_time(call, repeats, _BUDGET)
+        rows.append(
+            {
+                "model": name,
+                "parameters": model.num_parameters(),
+                "pass": which,
+                "length": length,
+                "milliseconds": short(1e3 * seconds / (1 if which == "reading" else count)),
+                "tokens_per_second": short(count / seconds),
+                "state_bytes": zoo.state_bytes(model.config, length),
+                "repeats": rounds,
+                **source,
+            }
+        )
+    return rows

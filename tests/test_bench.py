@@ -9,7 +9,7 @@ import torch
 
 import zoo.ops
 from zoo import bench
-from zoo.bench import models, pairs, results
+from zoo.bench import models, pairs, results, train
 from zoo.bench.workload import CPU_FORMS, known_ops, workloads_of
 from zoo.cli import main
 
@@ -187,3 +187,17 @@ def test_models_agree_and_rows_are_whole(name, tmp_path, monkeypatch, capsys):
         assert float(row["difference"]) < 1e-3 if pair.computes_the_same else row["difference"] == ""
         assert bool(row["target"]) == bool(row["met"])
     assert name in capsys.readouterr().out
+
+
+def test_steps_of_a_recipe_are_timed(tmp_path, capsys):
+    output = tmp_path / "train.csv"
+    train.bench_train(["retnet"], repeats=1, output=output)
+    (row,) = csv.DictReader(output.open())
+    assert tuple(row) == train.COLUMNS
+    assert (row["recipe"], row["tokens_a_step"]) == ("retnet", "2048")
+    speed = 6 * int(row["parameters"]) * float(row["tokens_per_second"])  # the head is the embedding
+    assert float(row["of_matmul_peak"]) == pytest.approx(speed / 1e11, rel=0.02)
+    assert 0 < float(row["loader"]) < 0.5
+    assert "retnet" in capsys.readouterr().out
+    assert main(["bench", "train", "retnt"]) == 1
+    assert "did you mean retnet" in capsys.readouterr().err

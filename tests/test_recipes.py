@@ -199,7 +199,7 @@ def test_parity_tells_a_state_machine_from_a_diagonal_recurrence(tmp_path):
     for name in ("xlstm-0-1", "mamba2"):
         words = [f"train.output={tmp_path / name}", f"data.cache={tmp_path / 'tokens'}", "train.trackers=[]"]
         run(load_config(f"synthetic/parity/{name}.yaml", words))
-        scores = harness.evaluate(str(tmp_path / name / "latest"), ["parity"])["results"]["parity"]
-        beyond[name] = scores["acc_min_length40_length256,none"]
+        results = harness.evaluate(str(tmp_path / name / "latest"), ["parity"])["results"]
+        beyond[name] = results["parity_min_length40_length256"]["acc,none"]
     assert beyond["xlstm-0-1"] > 0.95
     assert beyond["mamba2"] < 0.8

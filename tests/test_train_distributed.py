@@ -25,9 +25,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 def launch(file: str, recipe: Path, run: Path, *words: str, processes: int = 2) -> subprocess.Popen:
     """Start the processes of a run, which note their output in `<run>.txt`."""
     starter = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / file)]
-    command = [*starter, "--num_processes", str(processes), "-m", "zoo.train", str(recipe), f"train.output={run}", *words]
+    words = ["-m", "zoo.train", str(recipe), f"train.output={run}", *words]
     with run.with_suffix(".txt").open("a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        return subprocess.Popen(
+            [*starter, "--num_processes", str(processes), *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+        )
 
 
 def finish(started: subprocess.Popen, run: Path) -> str:

@@ -27,6 +27,7 @@ from zoo.bench.results import (
     verdict,
     write_csv,
 )
+from zoo.modeling import ZooForCausalLM
 
 COLUMNS = (
     *("model", "parameters", "pass", "contender", "milliseconds", "tokens_per_second"),
@@ -49,10 +50,11 @@ class TrainingStep:
     def __init__(self, name: str, model: PreTrainedModel, tokens: Tensor, is_compared: bool):
         self.name, self._model, self._tokens, self._is_compared = name, model.train(), tokens, is_compared
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        self._options = {"skip_logits": True} if isinstance(model, ZooForCausalLM) else {}  # as `zoo train` does
 
     def __call__(self) -> Tensor:
         """The loss, and the norm of the gradient of the embedding."""
-        loss = self._model(self._tokens, labels=self._tokens, use_cache=False).loss
+        loss = self._model(self._tokens, labels=self._tokens, use_cache=False, **self._options).loss
         loss.backward()
         norm = self._model.get_input_embeddings().weight.grad.norm()
         self._optimizer.step()

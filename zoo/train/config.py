@@ -32,6 +32,8 @@ class SourceSection:
     """A dataset of the Hub, a folder, or a format that `datasets` knows (`json`, `parquet`, `text`) with `files`."""
     config: str | None = None
     """Which configuration of the dataset."""
+    revision: str | None = None
+    """A commit of a dataset of the Hub. None: the newest, with which a run cannot go on once there is a newer one."""
     files: list[str] = field(default_factory=list)
     """Files or patterns of a format, or of a dataset of which only these are wanted."""
     split: str = "train"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,6 +133,17 @@ def _less(limit: int | None, taken: int) -> int | None:
     return None if limit is None else limit - taken
 
 
+def _fingerprints(files: Any) -> list[Any]:
+    """Of files of this machine a hash of each; of others what `datasets` knows of them: repository and commit."""
+    found = []
+    for path, origin in zip(files, files.origin_metadata, strict=True):
+        if Path(path).is_file():
+            with Path(path).open("rb") as file:
+                origin = hashlib.file_digest(file, "sha256").hexdigest()
+        found.append(origin)
+    return found
+
+
 def _document(value: Any, source: str) -> Document:
     if isinstance(value, list):
         return np.asarray(value, dtype=np.int64)
@@ -140,11 +152,17 @@ def _document(value: Any, source: str) -> Document:
     return value
 
 
+_NOT_CONTENT = ("weight", "streaming", "files", "revision")
+"""Keys of a section that do not say, or not by themselves, what the documents are."""
+
+
 def _open_dataset(name: str, section: SourceSection) -> Source:
     import datasets  # noqa: PLC0415 (slow to import, and a corpus does not need it)
 
     try:
-        builder = datasets.load_dataset_builder(section.dataset, section.config, data_files=list(section.files) or None)
+        builder = datasets.load_dataset_builder(
+            section.dataset, section.config, data_files=list(section.files) or None, revision=section.revision
+        )
         stream = builder.as_streaming_dataset(split=section.split)
         first = next(iter(stream), None)
     except StopIteration:  # of files without a line
@@ -159,8 +177,8 @@ def _open_dataset(name: str, section: SourceSection) -> Source:
     if not isinstance(first[section.column], (str, list)):
         kind = type(first[section.column]).__name__
         raise ValueError(f"data.sources.{name}: column {section.column!r} holds {kind}, wanted text or token ids")
-    files = {split: found.origin_metadata for split, found in (builder.config.data_files or {}).items()}
-    facts = {key: value for key, value in dataclasses.asdict(section).items() if key not in ("weight", "streaming")}
+    files = {split: _fingerprints(found) for split, found in (builder.config.data_files or {}).items()}
+    facts = {key: value for key, value in dataclasses.asdict(section).items() if key not in _NOT_CONTENT}
 
     def documents(rows: Any) -> list[Document]:
         return [_document(value, name) for value in rows[section.column]]

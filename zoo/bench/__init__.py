@@ -14,12 +14,11 @@ from zoo.bench.results import (
     COLUMNS,
     TARGETS,
     Row,
-    check_names,
+    RowFile,
+    check_request,
     format_table,
     make_rows,
     provenance,
-    read_csv,
-    write_csv,
 )
 from zoo.bench.trial import bytes_moved, make_trials
 from zoo.bench.workload import BOTH, PASSES, Workload, known_ops, workloads_of
@@ -37,9 +36,7 @@ def bench_ops(ops: Sequence[str] = (), device: str = "cpu", repeats: int = 20, o
     Raises:
         ValueError: on an unknown op, where there is no such device, or if a contender computes something else.
     """
-    check_names(ops, known_ops())
-    if repeats < 1:
-        raise ValueError(f"--repeats must be 1 or more, got {repeats}")
+    check_request(ops, known_ops(), "op", repeats)
     workloads = [workload for op in sorted(set(ops)) or known_ops() for workload in workloads_of(op, device)]
     run(workloads, device, repeats, output)
 
@@ -52,22 +49,18 @@ def run(workloads: list[Workload], device: str, repeats: int, output: Path | Non
     source = provenance(clock.device_name(), threads=1, allocator=clock.allocator())
     if clock.allocator() == "default" and device == "cpu":
         print("zoo: THP_MEM_ALLOC_ENABLE=1 spares large tensors page faults; it is not set", file=sys.stderr)
-    before = read_csv(output, COLUMNS) if output else []
-    rows: list[Row] = []
+    file = RowFile(output, COLUMNS)
     steps = [(workload, which) for workload in workloads for which in PASSES if which in workload.passes]
     try:
         with tqdm(steps, unit="size", leave=False) as bar:
             for workload, which in bar:
                 bar.set_description(f"{workload.op} {workload.size} {which}")
-                rows += _measure(clock, workload, which, device, repeats, source)
-                if output:
-                    measured = {row["op"] for row in rows}
-                    write_csv([*(row for row in before if row["op"] not in measured), *rows], output)
+                file.add(_measure(clock, workload, which, device, repeats, source))
     finally:
-        if rows:
-            print(format_table(rows))
+        if file.rows:
+            print(format_table(file.rows))
             print(", ".join(f"{name} {value}" for name, value in source.items()))
-    wrong = Counter(row["contender"] for row in rows if "milliseconds" not in row)
+    wrong = Counter(row["contender"] for row in file.rows if "milliseconds" not in row)
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: no time where the difference from the op is too large")
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 import zoo
 from zoo.bench import cpu
-from zoo.bench.results import PROVENANCE, Row, align, check_names, provenance, read_csv, short, write_csv
+from zoo.bench.results import PROVENANCE, Row, RowFile, check_request, format_columns, provenance, short
 
 COLUMNS = (
     *("model", "parameters", "pass", "length"),
@@ -37,22 +37,17 @@ def bench_length(names: Sequence[str] = (), repeats: int = 9, output: Path | Non
     Raises:
         ValueError: on an unknown name.
     """
-    check_names(names, MODELS, kind="model")
-    if repeats < 1:
-        raise ValueError(f"--repeats must be 1 or more, got {repeats}")
+    check_request(names, MODELS, "model", repeats)
     source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
-    before = read_csv(output, COLUMNS) if output else []
-    rows: list[Row] = []
+    file = RowFile(output, COLUMNS)
     for name in (bar := tqdm(names or MODELS, unit="model", leave=False)):
         model = zoo.create_model(f"{name}-tiny", **_SIZES).eval()
+        rows = []
         for length in _LENGTHS:
             bar.set_description(f"{name} {length}")
             rows += _measure(name, model, length, repeats, source)
-        if output:
-            measured = {row["model"] for row in rows}
-            write_csv([*(row for row in before if row["model"] not in measured), *rows], output, COLUMNS)
-    shown = COLUMNS[: COLUMNS.index("repeats")]
-    print(align([list(shown), *([str(row[column]) for column in shown] for row in rows)]))
+        file.add(rows)
+    print(format_columns(file.rows, COLUMNS))
 
 
 @torch.no_grad()

@@ -18,14 +18,13 @@ from zoo.bench.results import (
     PROVENANCE,
     Measurement,
     Row,
+    RowFile,
     align,
-    check_names,
+    check_request,
     describe_targets,
     provenance,
-    read_csv,
     short,
     verdict,
-    write_csv,
 )
 from zoo.modeling import ZooForCausalLM
 
@@ -92,27 +91,21 @@ def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | Non
     Raises:
         ValueError: on an unknown name, or if the two models of a pair compute something else.
     """
-    check_names(names, [pair.name for pair in PAIRS], kind="model")
-    if repeats < 1:
-        raise ValueError(f"--repeats must be 1 or more, got {repeats}")
+    check_request(names, [pair.name for pair in PAIRS], "model", repeats)
     if "ZOO_KERNELS" in os.environ:
         raise ValueError("ZOO_KERNELS asks for one form of every op, the bench runs the fastest: unset it")
     source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
-    before = read_csv(output, COLUMNS) if output else []
-    rows: list[Row] = []
+    file = RowFile(output, COLUMNS)
     pairs = [pair for pair in PAIRS if (not names or pair.name in names) and _can_run(pair)]
     try:
         for pair in (bar := tqdm(pairs, unit="model", leave=False)):
             bar.set_description(pair.name)
             for which in pair.passes:
-                rows += _measure(pair, which, repeats, source)
-                if output:
-                    measured = {row["model"] for row in rows}
-                    write_csv([*(row for row in before if row["model"] not in measured), *rows], output, COLUMNS)
+                file.add(_measure(pair, which, repeats, source))
     finally:
-        if rows:
-            print(_format(rows))
-    if wrong := Counter(row["model"] for row in rows if "milliseconds" not in row):
+        if file.rows:
+            print(_format(file.rows))
+    if wrong := Counter(row["model"] for row in file.rows if "milliseconds" not in row):
         raise ValueError(f"{', '.join(wrong)}: no time where the two models differ too much")
 
 

@@ -86,6 +86,36 @@ class Peaks(NamedTuple):
         return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
 
 
+class RowFile:
+    """Rows by their first column, in a CSV file too: those of a name take the place of what the file had of it.
+
+    Args:
+        path: the file; None: there is none.
+        columns: of it.
+    """
+
+    def __init__(self, path: Path | None, columns: Sequence[str]):
+        self.rows: list[Row] = []
+        self._path, self._columns = path, columns
+        self._before = read_csv(path, columns) if path else []
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Take in rows that are finished."""
+        self.rows += rows
+        if self._path:
+            key = self._columns[0]
+            measured = {row[key] for row in self.rows}
+            kept = (row for row in self._before if row[key] not in measured)
+            write_csv([*kept, *self.rows], self._path, self._columns)
+
+
+def check_request(names: Sequence[str], known: Sequence[str], kind: str, repeats: int) -> None:
+    """Raise ValueError on a name that there is nothing for, or less than one round."""
+    check_names(names, known, kind)
+    if repeats < 1:
+        raise ValueError(f"--repeats must be 1 or more, got {repeats}")
+
+
 def check_names(names: Sequence[str], known: Sequence[str], kind: str = "op") -> None:
     """Raise ValueError on a name that there is nothing for."""
     for name in names:
@@ -168,6 +198,12 @@ def write_csv(rows: Iterable[Row], path: Path, columns: Sequence[str] = COLUMNS)
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row[columns[0]]))
+
+
+def format_columns(rows: list[Row], columns: Sequence[str]) -> str:
+    """The figures of rows for people, without what stands beside every row's."""
+    shown = columns[: columns.index("repeats")]
+    return align([list(shown), *([str(row[column]) for column in shown] for row in rows)])
 
 
 def format_table(rows: list[Row]) -> str:

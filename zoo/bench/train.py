@@ -10,14 +10,13 @@ from zoo.bench import cpu
 from zoo.bench.results import (
     PROVENANCE,
     Row,
-    align,
-    check_names,
+    RowFile,
+    check_request,
     describe_targets,
+    format_columns,
     provenance,
-    read_csv,
     short,
     verdict,
-    write_csv,
 )
 from zoo.train.config import list_recipes, load_config
 from zoo.train.distributed import make_accelerator
@@ -45,20 +44,13 @@ def bench_train(names: Sequence[str] = (), repeats: int = 9, output: Path | None
         ValueError: on an unknown name.
     """
     known = [Path(recipe).stem for recipe in list_recipes() if recipe.startswith("tiny/")]
-    check_names(names, known, kind="tiny recipe")
-    if repeats < 1:
-        raise ValueError(f"--repeats must be 1 or more, got {repeats}")
+    check_request(names, known, "tiny recipe", repeats)
     source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
-    before = read_csv(output, COLUMNS) if output else []
-    rows: list[Row] = []
+    file = RowFile(output, COLUMNS)
     for name in (bar := tqdm(names or known, unit="recipe", leave=False)):
         bar.set_description(name)
-        rows.append(_measure(name, repeats) | source)
-        if output:
-            measured = {row["recipe"] for row in rows}
-            write_csv([*(row for row in before if row["recipe"] not in measured), *rows], output, COLUMNS)
-    shown = COLUMNS[: COLUMNS.index("repeats")]
-    print(align([list(shown), *([str(row[column]) for column in shown] for row in rows)]))
+        file.add([_measure(name, repeats) | source])
+    print(format_columns(file.rows, COLUMNS))
 
 
 def _measure(name: str, repeats: int) -> Row:

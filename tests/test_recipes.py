@@ -203,3 +203,16 @@ def test_parity_tells_a_state_machine_from_a_diagonal_recurrence(tmp_path):
         beyond[name] = results["parity_min_length40_length256"]["acc,none"]
     assert beyond["xlstm-0-1"] > 0.95
     assert beyond["mamba2"] < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tiny/retnet.yaml", "tiny/griffin.yaml"])
+def test_a_tiny_recipe_reaches_the_loss_that_its_header_expects(recipe, tmp_path):
+    """To what another Python's standard library and another machine's rounding may change."""
+    code, prose = re.search(
+        r"expect: (\S+) nats a token on held-out code, (\S+) on held-out prose", header_of(recipe)
+    ).groups()
+    assert main(["train", recipe, f"train.output={tmp_path}", "train.trackers=[]", "train.sample_prompt=null"]) == 0
+    found = json.loads((tmp_path / "latest" / "training.json").read_text())["validation"]
+    assert found["code"]["loss"] == pytest.approx(float(code), abs=0.05)
+    assert found["prose"]["loss"] == pytest.approx(float(prose), abs=0.1)

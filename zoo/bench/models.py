@@ -38,7 +38,7 @@ COLUMNS = (
     *("target", "met", "repeats", *PROVENANCE),
 )
 
-_ROWS, _LENGTH = 2, 512  # of a training batch
+_ROWS, _LENGTH = 1, 512  # of a training step
 _PROMPT, _NEW = 16, 64  # tokens of one sequence
 _BUDGET = 15.0  # seconds that a model gets for its rounds
 

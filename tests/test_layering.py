@@ -42,7 +42,7 @@ ALLOWED = {
     "zoo.hub": PUBLIC | {"zoo.hub"},
     "zoo.charts": set(),
     "zoo.plots": PUBLIC | {"zoo.bench.results", "zoo.charts", "zoo.train.report"},
-    "zoo.cli": PUBLIC | {"zoo.bench", "zoo.hub", "zoo.plots", "zoo.selftest", "zoo.train"},
+    "zoo.cli": PUBLIC | {"zoo.cli", "zoo.bench", "zoo.hub", "zoo.plots", "zoo.selftest", "zoo.train"},
     "zoo.plugins": BASE,
     "zoo": PUBLIC,
 }

@@ -1,0 +1,32 @@
+"""`zoo train`."""
+
+import argparse
+
+from transformers.utils import logging
+
+from zoo.cli.arguments import extra
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("train", help="pretrain a model as a recipe says")
+    command.add_argument("recipe", help="a YAML file, or one that comes with the zoo, as tiny/retnet.yaml")
+    command.add_argument("assignments", nargs="*", metavar="key=value", help="what to change, as train.seed=1")
+    command.add_argument("--print-config", action="store_true", help="print the resolved recipe, and do nothing else")
+    command.add_argument("--dry-run", action="store_true", help="print what the run will take, and do nothing else")
+    command.add_argument("--device", help="with --dry-run: hours on another device than this machine's, as H100")
+    command.add_argument("--devices", type=int, default=1, help="with --dry-run: how many of them")
+    command.set_defaults(run=train)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    with extra("train", "training"):
+        from zoo.train import config, loop, plan  # noqa: PLC0415 (an extra)
+    logging.disable_progress_bar()  # of saving and loading weights; the run has its own
+    settings = config.load_config(arguments.recipe, arguments.assignments)
+    if arguments.print_config:
+        print(config.to_yaml(settings), end="")
+    elif arguments.dry_run:
+        for line in plan.plan_run(settings, arguments.device, arguments.devices):
+            print(line)
+    else:
+        loop.run(settings)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import random
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 import zoo
 from zoo.cli import main
-from zoo.evaluate import harness, score_by_position
+from zoo.evaluate import harness
 from zoo.evaluate import lm as lm_module
 from zoo.evaluate.lm import ZooLM
 from zoo.layout import shelf
@@ -235,31 +234,7 @@ def test_what_cannot_be_scored_is_refused(models, tokenizer):
         scorer._loglikelihood_tokens([(None, [1], [2] * 6)])
 
 
-# -- texts by position -------------------------------------------------------------------------------------------------
-
-
-def test_score_by_position(models, tokenizer):
-    model, text = models["retnet"], TEXT[:3000] + "é"
-    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(text)]])
-    with torch.no_grad():
-        log_p = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    scores = score_by_position(model, tokenizer, text, edges=[10, 700, 10**6])
-    assert [(score.start, score.stop) for score in scores] == [(0, 10), (10, 700), (700, len(log_p))]
-    for score in scores:
-        assert score.loss == pytest.approx(-log_p[score.start : score.stop].mean().item(), abs=TOLERANCE)
-    bits = [score.loss * (score.stop - score.start) / math.log(2) for score in scores]
-    n_bytes = [total / score.bits_per_byte for total, score in zip(bits, scores, strict=True)]
-    assert sum(n_bytes) == pytest.approx(len(text.encode()))
-    assert n_bytes[0] == pytest.approx(len(tokenizer.decode(ids[0, 1:11]).encode()))
-
-
-@pytest.mark.parametrize("edges", [[0], [5, 5], [7, 3]])
-def test_edges_of_buckets_ascend(models, tokenizer, edges):
-    with pytest.raises(ValueError, match="must ascend from 1"):
-        score_by_position(models["retnet"], tokenizer, TEXT, edges)
-
-
-@pytest.mark.parametrize("how", ["by position", "rolling", "loglikelihood"])
+@pytest.mark.parametrize("how", ["rolling", "loglikelihood"])
 def test_the_memory_of_a_recurrent_model_does_not_grow_with_the_text(models, tokenizer, monkeypatch, how):
     """Neither what it keeps between calls nor the tokens of a call."""
     model, forward = models["retnet"], models["retnet"].forward
@@ -274,9 +249,7 @@ def test_the_memory_of_a_recurrent_model_does_not_grow_with_the_text(models, tok
     monkeypatch.setattr(model, "forward", watched)
     monkeypatch.setattr(lm_module, "_COLUMNS", 512)
     text, scorer = (WORDS[0] + " ") * 2000, ZooLM(model, tokenizer=tokenizer)
-    if how == "by position":
-        score_by_position(model, tokenizer, text, edges=[100])
-    elif how == "rolling":
+    if how == "rolling":
         scorer.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)), disable_tqdm=True)
     else:
         scorer.loglikelihood(instances("loglikelihood", (text, "a"), (text, "bcdefg")), disable_tqdm=True)

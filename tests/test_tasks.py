@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import lm_eval.tasks
@@ -371,9 +371,11 @@ class Uniform(LM):
         return [-2 * math.log(2) * len(request.args[0].encode()) for request in requests]
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        raise NotImplementedError
+        self.pairs = [request.args for request in requests]
+        return [(-2 * math.log(2) * len(text.encode()), False) for _, text in self.pairs]
 
-    generate_until = loglikelihood
+    def generate_until(self, requests, disable_tqdm=False):
+        raise NotImplementedError
 
 
 def test_bits_per_byte(tmp_path):
@@ -387,3 +389,26 @@ def test_bits_per_byte(tmp_path):
     assert results["sample_len"] == 6
     with pytest.raises(ValueError, match="unknown held-out text or file 'proze'; did you mean prose"):
         _results(Uniform(), "bits_per_byte", text="proze")
+
+
+def test_bits_per_byte_by_position(tmp_path):
+    text = "".join(f"Größe {i} " for i in range(100))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    lm, options = Uniform(), {"text": str(tmp_path / "book.txt"), "edges": [50, 75, 300]}
+    results = _results(lm, "bits_per_byte_by_position", **options)
+    assert [results[f"bits_per_byte_by_position_{i}"]["bits_per_byte,none"] for i in (0, 50, 75)] == pytest.approx(
+        [2] * 3
+    )
+    for document in (text[:300], text[300:600]):
+        ranges = sorted(pair for pair in lm.pairs if "".join(pair) in document and document.startswith(pair[0]))
+        assert [before for before, _ in ranges] == ["", *accumulate(there for _, there in ranges[:-1])]
+        assert "".join(there for _, there in ranges) == document
+    assert len(lm.pairs) == 6  # what is left over of the text is no document
+    assert all(there[0] == " " for before, there in lm.pairs if before)
+    for edges, message in (
+        ([50, 50], "must ascend from 1"),
+        ([0, 5], "must ascend"),
+        ([10_000], "the last edge is 10,000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _results(lm, "bits_per_byte_by_position", **{**options, "edges": edges})

@@ -1,14 +1,19 @@
-"""Text that is never trained on: what a corpus holds out, or a file of the user's."""
+"""Text that is never trained on: what a corpus holds out, or a file of the user's; whole, or by position in it."""
 
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask
 
 from zoo.errors import unknown_name
 from zoo.train.corpora import read_corpus
 
 
-def load(corpus: str, text: str, characters: int, **others) -> dict[str, Dataset]:
+def load(corpus: str, text: str, characters: int, **others: Any) -> dict[str, Dataset]:
     """Documents of `characters` characters, the last one shorter, cut from one text.
 
     lm-eval calls it with the YAML's `metadata`; `others` is what of that is not about the documents.
@@ -21,12 +26,72 @@ def load(corpus: str, text: str, characters: int, **others) -> dict[str, Dataset
     Raises:
         ValueError: on an unknown corpus, or a text that is neither held out nor a file.
     """
-    if Path(text).is_file():
-        whole = Path(text).read_text(encoding="utf-8")
-    else:
-        held_out = read_corpus(corpus).held_out
-        if text not in held_out:
-            raise unknown_name("held-out text or file", text, held_out)
-        whole = held_out[text]
+    whole = _read(corpus, text)
     pieces = [whole[start : start + characters] for start in range(0, len(whole), characters)]
     return {"test": Dataset.from_dict({"text": pieces})}
+
+
+class ByPosition(Group):
+    """A group of lm-eval tasks, one for each range of positions: what is there costs so much, given all before it.
+
+    Of the metadata, `corpus` and `text` are those of `load`, and `edges` are positions in characters: documents are as
+    long as the last, and a task is named after where its range begins.
+
+    Raises:
+        ValueError: if the edges do not ascend from 1.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        metadata = dict(config["metadata"])
+        edges = metadata.pop("edges")
+        if any(start >= stop for start, stop in pairwise([0, *edges])):
+            raise ValueError(f"edges of task {config['task']!r} must ascend from 1, got {edges}")
+        super().__init__(config["task"], metadata=metadata)
+        shared = {name: value for name, value in config.items() if name != "class"}
+        for start, stop in pairwise([0, *edges]):
+            own = {**metadata, "start": start, "stop": stop, "characters": edges[-1]}
+            self.add(ConfigurableTask(config={**shared, "task": f"{self.name}_{start}", "metadata": own}))
+
+
+def load_range(corpus: str, text: str, characters: int, start: int, stop: int, **others: Any) -> dict[str, Dataset]:
+    """What stands from `start` up to `stop` in each whole document of `characters`, and what stands before it.
+
+    A border goes back to the space before it, so that no word is cut.
+
+    Args:
+        corpus, text, characters, others: as for `load`.
+        start, stop: positions in a document.
+
+    Raises:
+        ValueError: as `load`, or if the text is shorter than a document.
+    """
+    whole = _read(corpus, text)
+    documents = [whole[i : i + characters] for i in range(0, len(whole) - characters + 1, characters)]
+    if not documents:
+        raise ValueError(f"{text} has {len(whole):,} characters, the last edge is {characters:,}")
+    rows = []
+    for document in documents:
+        first, last = (_space_before(document, position) for position in (start, stop))
+        rows.append({"before": document[:first], "there": document[first:last]})
+    return {"test": Dataset.from_list(rows)}
+
+
+def score_range(document: Mapping[str, str], results: Sequence[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """The log-likelihood of a range in nats and its bytes, of which lm-eval makes bits a byte."""
+    (nats, _), *_ = results
+    return {"bits_per_byte": (nats, len(document["there"].encode()))}
+
+
+def _read(corpus: str, text: str) -> str:
+    if Path(text).is_file():
+        return Path(text).read_text(encoding="utf-8")
+    held_out = read_corpus(corpus).held_out
+    if text not in held_out:
+        raise unknown_name("held-out text or file", text, held_out)
+    return held_out[text]
+
+
+def _space_before(document: str, position: int) -> int:
+    if position >= len(document):
+        return len(document)
+    return max(document.rfind(" ", 0, position + 1), 0)

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from zoo.config import ZooConfig
+from zoo.evaluate.likelihood import log_probabilities
 from zoo.evaluate.passages import Passage, Score, plan, read
-from zoo.evaluate.text import log_probabilities
 from zoo.inspection import state_grows
 from zoo.processes import connect_processes
 from zoo.segments import SegmentedStack

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "zoo"
 # and `processes` know nothing of the zoo, so everyone may use them.
 BASE = {"zoo.errors", "zoo.files", "zoo.layout", "zoo.processes", "zoo.provenance"}
 CONTRACT = BASE | {"zoo.cache", "zoo.config", "zoo.mixer", "zoo.ops"}
-SPINE = CONTRACT | {"zoo.nn", "zoo.moe", "zoo.modeling", "zoo.registry"}
+SPINE = CONTRACT | {"zoo.nn", "zoo.moe", "zoo.modeling", "zoo.heads", "zoo.registry"}
 PUBLIC = SPINE | {"zoo", "zoo.segments", "zoo.checkpoint", "zoo.convert", "zoo.inspection", "zoo.evaluate", "zoo.tasks"}
 ALLOWED = {
     "zoo.errors": set(),
@@ -32,6 +32,7 @@ ALLOWED = {
     "zoo.nn": CONTRACT,
     "zoo.moe": CONTRACT | {"zoo.nn"},
     "zoo.modeling": SPINE,
+    "zoo.heads": SPINE,
     "zoo.segments": SPINE,
     "zoo.inspection": SPINE,
     "zoo.tasks": BASE | {"zoo.tasks"},

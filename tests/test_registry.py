@@ -173,9 +173,9 @@ tables = lambda: [dict(t) for t in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cach
                   masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING)]
 before, names = tables(), set(CONFIG_MAPPING.keys())
 loaded = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import zoo
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 unchanged = all(after[key] is value for b, after in zip(before, tables()) for key, value in b.items())
 unchanged = unchanged and all(CONFIG_MAPPING[key].__module__.startswith("transformers.") for key in ("llama", "mamba"))
 new = {name.split(".")[0] for name in set(sys.modules) - loaded}

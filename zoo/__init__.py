@@ -3,9 +3,10 @@
 from zoo.cache import detach_state, load_state, save_state
 from zoo.config import ZooConfig
 from zoo.convert import export_checkpoint, import_checkpoint
+from zoo.heads import ZooForCausalLM, heads_of
 from zoo.inspection import KernelUse, ModelSummary, kernel_report, state_bytes, summarize
 from zoo.mixer import AuxiliaryLoss, Mixer, RecurrentMixer, Tokens
-from zoo.modeling import Block, ZooForCausalLM, ZooModel, heads_of
+from zoo.modeling import Block, ZooModel
 from zoo.registry import Plugin, create_config, create_model, list_models, load_plugins
 
 __version__ = "0.1.0"

@@ -20,8 +20,9 @@ from zoo import registry
 from zoo.cache import RECURRENT
 from zoo.config import MixerConfig, ZooConfig
 from zoo.errors import unknown_name
+from zoo.heads import ZooForCausalLM, heads_of
 from zoo.mixer import RecurrentMixer
-from zoo.modeling import ZooForCausalLM, ZooModel, heads_of
+from zoo.modeling import ZooModel
 from zoo.nn import Attention, SlidingWindowAttention
 from zoo.segments import SegmentAttention, SegmentedModel
 

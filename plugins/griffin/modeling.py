@@ -13,8 +13,9 @@ from transformers import initialization as init
 
 from zoo.cache import State
 from zoo.config import RotaryAttentionConfig
+from zoo.heads import heads_of
 from zoo.mixer import RecurrentMixer, Shared, Tokens
-from zoo.modeling import Block, ZooModel, heads_of
+from zoo.modeling import Block, ZooModel
 from zoo.nn import GatedActivation, GatedMLP, Linear, RMSNorm, ShortConv, SlidingWindowAttention
 from zoo.ops.fused import rms_norm
 from zoo.ops.linear_scan import linear_scan

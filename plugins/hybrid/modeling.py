@@ -7,7 +7,8 @@ from transformers import GenerationMixin
 
 from zoo import registry
 from zoo.config import MixedConfig
-from zoo.modeling import ZooForCausalLM, ZooModel, heads_of
+from zoo.heads import ZooForCausalLM, heads_of
+from zoo.modeling import ZooModel
 
 
 @strict

@@ -10,7 +10,8 @@ from torch import Tensor
 from zoo.plugins.mamba.modeling import Mamba
 
 from zoo.config import AttentionConfig
-from zoo.modeling import ZooModel, heads_of
+from zoo.heads import heads_of
+from zoo.modeling import ZooModel
 from zoo.moe import MoEConfig
 from zoo.nn import RMSNorm
 

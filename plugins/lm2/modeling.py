@@ -15,8 +15,9 @@ from zoo.plugins.lm2.memory import SegmentInput, SlotMemory
 from zoo.cache import RECURRENT, State
 from zoo.config import RotaryAttentionConfig
 from zoo.errors import unknown_name
+from zoo.heads import heads_of
 from zoo.mixer import RecurrentMixer, Shared, Tokens
-from zoo.modeling import Block, heads_of
+from zoo.modeling import Block
 from zoo.nn import Attention
 from zoo.segments import OpenSegment, Run, SegmentAttention, SegmentedModel, SegmentedStack
 

@@ -19,8 +19,9 @@ from transformers import initialization as init
 
 from zoo.cache import State
 from zoo.config import NO_MIXER, ZooConfig
+from zoo.heads import heads_of
 from zoo.mixer import RecurrentMixer, Shared, Tokens
-from zoo.modeling import Block, ZooModel, heads_of
+from zoo.modeling import Block, ZooModel
 from zoo.nn import Linear, RMSNorm, ShortConv
 from zoo.ops.decay_attention import decay_attention
 from zoo.ops.fused import rms_norm, swiglu

@@ -13,8 +13,9 @@ from transformers import initialization as init
 
 from zoo.cache import State
 from zoo.config import ZooConfig
+from zoo.heads import heads_of
 from zoo.mixer import RecurrentMixer, Tokens
-from zoo.modeling import Block, ZooModel, heads_of
+from zoo.modeling import Block, ZooModel
 from zoo.nn import Linear, rotate_pairs
 from zoo.ops.decay_attention import decay_attention
 from zoo.ops.fused import rms_norm

@@ -10,8 +10,9 @@ from transformers import Cache, GenerationMixin
 from transformers import initialization as init
 
 from zoo.config import ZooConfig
+from zoo.heads import ZooForCausalLM, heads_of
 from zoo.mixer import Shared, Tokens
-from zoo.modeling import Block, ZooForCausalLM, ZooModel, heads_of
+from zoo.modeling import Block, ZooModel
 from zoo.nn import LayerNorm
 
 

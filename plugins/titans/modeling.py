@@ -17,8 +17,9 @@ from zoo.plugins.titans.memory import (
 )
 
 from zoo.cache import State
+from zoo.heads import heads_of
 from zoo.mixer import RecurrentMixer, Tokens
-from zoo.modeling import ZooModel, heads_of
+from zoo.modeling import ZooModel
 from zoo.nn import Linear, RMSNorm
 
 

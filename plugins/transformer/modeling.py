@@ -3,7 +3,8 @@
 from huggingface_hub.dataclasses import strict
 
 from zoo.config import RotaryAttentionConfig
-from zoo.modeling import ZooModel, heads_of
+from zoo.heads import heads_of
+from zoo.modeling import ZooModel
 from zoo.moe import MoEConfig
 
 

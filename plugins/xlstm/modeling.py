@@ -16,8 +16,9 @@ from transformers import initialization as init
 
 from zoo.cache import State
 from zoo.config import NO_MIXER, ZooConfig
+from zoo.heads import heads_of
 from zoo.mixer import RecurrentMixer, Tokens
-from zoo.modeling import Block, ZooModel, heads_of
+from zoo.modeling import Block, ZooModel
 from zoo.nn import Linear, RMSNorm, ShortConv, soft_cap
 from zoo.ops.cell_scan import cell_scan
 from zoo.ops.decay_attention import normalized_decay_attention

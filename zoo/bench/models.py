@@ -26,7 +26,7 @@ from zoo.bench.results import (
     short,
     verdict,
 )
-from zoo.modeling import ZooForCausalLM
+from zoo.heads import ZooForCausalLM
 
 COLUMNS = (
     *("model", "parameters", "pass", "contender", "milliseconds", "tokens_per_second"),

@@ -12,6 +12,7 @@ import functools
 import itertools
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from transformers import (
 import zoo
 from zoo.cache import RECURRENT, RecurrentStateLayer
 from zoo.nn import SoftmaxAttention
+from zoo.ops import dispatch
 from zoo.ops.dispatch import use_backend
 from zoo.registry import find_preset
 
@@ -160,6 +162,31 @@ def test_every_backend(name):
     expected = model(tokens).logits
     with use_backend("reference"):
         assert_close(model(tokens).logits, expected)
+
+
+@pytest.mark.slow
+@promise
+def test_the_kernels_of_gpus(name, monkeypatch):
+    """Logits and gradients by what a GPU would choose, its Triton kernels interpreted, equal those of C++."""
+    model, tokens = make(name), ids(2, 24)
+
+    def logits_and_gradient() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        outputs = model(tokens, labels=tokens)
+        outputs.loss.backward()
+        return outputs.logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = logits_and_gradient()
+    monkeypatch.setitem(dispatch.KERNEL_FOR, "cpu", "triton")
+    dispatch._choose_once.cache_clear()
+    try:
+        for use in zoo.kernel_report(model):
+            has_kernel = (Path(dispatch.__file__).parent / use.op / "triton.py").exists()
+            assert (use.backend == "triton") == has_kernel, use
+        for actual, wanted in zip(logits_and_gradient(), expected, strict=True):
+            assert_close(actual, wanted)
+    finally:
+        dispatch._choose_once.cache_clear()
 
 
 @promise

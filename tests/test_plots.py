@@ -241,6 +241,26 @@ def test_tables_of_pages(folder):
         plots.find_stale(folder, [page])
 
 
+def test_what_is_expected_is_written_by_hand(folder):
+    page = folder / "README.md"
+    page.write_text(
+        "<!-- zoo plots scores_recall -->\n"
+        "| model | expected |\n|---|---|\n| lstm | little |\n|  attention |all |\n<!-- end of table -->\n"
+    )
+    plots.make(folder, [page])
+    lines = page.read_text().splitlines()
+    assert lines[1:-1] == [
+        "| model | expected | parameters | state, bytes | pairs4 | pairs8 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| rnn |  | 1,000 | 4,096 | 0.900 ± 0.010 | 0.500 ± 0.010, 0.700 ± 0.010 |",
+        "| attention | all | 1,000 | grows | 1.000 ± 0.010 |  |",
+        "| lstm | little |  |  |  |  |",
+    ]
+    assert plots.find_stale(folder, [page]) == []
+    plots.make(folder, [page])
+    assert page.read_text().splitlines() == lines
+
+
 def test_the_command(folder, tmp_path, capsys):
     run = make_run(tmp_path / "runs" / "short", 3)
     assert main(["plots", str(folder), "--check"]) == 1

@@ -6,7 +6,8 @@
     length, tokens_per_second       speed against length (`zoo bench length`)
 
 A picture has in its metadata the hash of the rows that it shows, so that a stale one can be found. A table stands in a
-page between two lines, `<!-- zoo plots NAME -->` and `<!-- end of table -->`; it has the name of its picture.
+page between two lines, `<!-- zoo plots NAME -->` and `<!-- end of table -->`; it has the name of its picture. If its
+second column is `expected`, that is written by hand and stays, as do rows of models that are not measured yet.
 """
 
 import csv
@@ -14,7 +15,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ RUN_COLUMNS = ("run", "data", "split", "step", "tokens", "loss", "parameters", "
 
 _HASH = "Rows"  # the name of the hash in a picture's metadata
 _POINTS = 100  # of a loss curve
+_EXPECTED = "expected"
 _TABLE = re.compile(r"(<!-- zoo plots (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -91,9 +93,13 @@ class Exhibit:
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
 
-    def markdown(self) -> str:
-        """The table, as lines of Markdown."""
+    def markdown(self, expected: Mapping[str, str]) -> str:
+        """The table, as lines of Markdown; with what is expected of each name in its first column, if that is known."""
         header, *rows = self.kind.tabulate(self.rows)
+        if expected:
+            rows += [[name, *[""] * (len(header) - 1)] for name in expected if name not in {row[0] for row in rows}]
+            rows = [[row[0], expected.get(row[0], ""), *row[1:]] for row in rows]
+            header = [header[0], _EXPECTED, *header[1:]]
         return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
@@ -221,9 +227,15 @@ def _hash_in(path: Path) -> str | None:
 
 def _fill(text: str, shown: dict[str, Exhibit]) -> str:
     def table(found: re.Match) -> str:
-        begin, name, _, end = found.groups()
+        begin, name, before, end = found.groups()
         if name not in shown:
             raise unknown_name("table of `zoo plots`", name, shown)
-        return begin + shown[name].markdown() + end
+        return begin + shown[name].markdown(_expected_in(before)) + end
 
     return _TABLE.sub(table, text)
+
+
+def _expected_in(table: str) -> dict[str, str]:
+    """What is written by hand in a table of Markdown, by the name in its first column."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {row[0]: row[1] for row in rows[2:]} if rows and rows[0][1:2] == [_EXPECTED] else {}

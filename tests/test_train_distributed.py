@@ -19,13 +19,16 @@ from zoo.cli import main
 from zoo.layout import shelf
 
 LAUNCH = shelf("recipes") / "launch"
+ZERO3 = pytest.param("zero3.yaml", marks=pytest.mark.slow)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def launch(file: str, recipe: Path, run: Path, *words: str, processes: int = 2) -> subprocess.Popen:
+def launch(
+    file: str, recipe: Path, run: Path, *words: str, processes: int = 2, program: tuple[str, ...] = ("-m", "zoo.train")
+) -> subprocess.Popen:
     """Start the processes of a run, which note their output in `<run>.txt`."""
     starter = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / file)]
-    words = ["-m", "zoo.train", str(recipe), f"train.output={run}", *words]
+    words = [*program, str(recipe), f"train.output={run}", *words]
     with run.with_suffix(".txt").open("a") as file:
         return subprocess.Popen(
             [*starter, "--num_processes", str(processes), *words],
@@ -61,14 +64,15 @@ def wait_for_step(run: Path, step: int, started: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_one_process_and_two_give_the_same_model(tmp_path):
+@pytest.mark.parametrize("files", ["cpu.yaml fsdp2.yaml", ZERO3])
+def test_one_process_and_two_give_the_same_model(tmp_path, files):
     """Data-parallel and sharded: losses, norms and the Hugging Face folder, with the head tied to the embedding."""
-    recipe = write_recipe(tmp_path, "mamba-tiny")
+    recipe, files = write_recipe(tmp_path, "mamba-tiny"), files.split()
     words = ["train.tokens=640", "train.save_every=3", "data.micro_batch_size=1"]
     words += ["train.learning_rate=3e-4", "train.epsilon=1e-2"]  # updates not much coarser than their sums
     assert main(["train", str(recipe), f"train.output={tmp_path / 'one'}", *words]) == 0
-    for name, file in (("ddp", "cpu.yaml"), ("fsdp", "fsdp2.yaml")):
-        run = tmp_path / name
+    for file in files:
+        run = tmp_path / file.removesuffix(".yaml")
         finish(launch(file, recipe, run, *words), run)
         facts = json.loads((run / "latest" / "training.json").read_text())
         assert (facts["world_size"], facts["tokens"]) == (2, 640)
@@ -79,15 +83,28 @@ def test_one_process_and_two_give_the_same_model(tmp_path):
         assert abs(mine["loss"] - theirs["loss"]) <= 1e-5 * mine["loss"]
         assert AutoModelForCausalLM.from_pretrained(run / "latest").config.tie_word_embeddings
 
-    went_on = finish(launch("cpu.yaml", recipe, tmp_path / "one", *words, "train.tokens=1024"), tmp_path / "one")
+    went_on = finish(launch(files[0], recipe, tmp_path / "one", *words, "train.tokens=1024"), tmp_path / "one")
     assert "it was written by 1 processes and these are 2" in went_on
     assert [row["step"] for row in read_log(tmp_path / "one")] == list(range(1, 9))
-    run = tmp_path / "ddp"
+    run = tmp_path / files[0].removesuffix(".yaml")
     assert main(["train", str(recipe), f"train.output={run}", *words, "train.tokens=1024"]) == 0
     assert_same_curve(tmp_path / "one", run, 1e-4)
 
 
-@pytest.mark.parametrize("file", ["cpu.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("word", "tolerance"),
+    [("train.carry_state=true", 1e-5), ("train.optimizer=muon", 1e-3)],  # torch's Muon multiplies in bfloat16
+)
+def test_two_processes_train_as_one(tmp_path, word, tolerance):
+    recipe = write_recipe(tmp_path)
+    words = [word, "train.tokens=640", "data.micro_batch_size=1", "train.learning_rate=3e-4", "train.epsilon=1e-2"]
+    assert main(["train", str(recipe), f"train.output={tmp_path / 'one'}", *words]) == 0
+    finish(launch("cpu.yaml", recipe, tmp_path / "two", *words), tmp_path / "two")
+    assert_same_curve(tmp_path / "one", tmp_path / "two", tolerance)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance)
+
+
+@pytest.mark.parametrize("file", ["cpu.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow), ZERO3])
 def test_killed_twice_a_run_goes_on_to_the_bit(tmp_path, file):
     """With dropout, accumulation and a source that streams; all processes are killed at once."""
     recipe = write_recipe(tmp_path, "transformer-tiny")
@@ -117,6 +134,33 @@ def test_killed_twice_a_run_goes_on_to_the_bit(tmp_path, file):
     assert (run / "latest/model.safetensors").read_bytes() == (whole / "latest/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+def test_zero3_skips_the_steps_that_one_process_skips(tmp_path):
+    """A loss that is not finite, and a finite one whose gradients are not."""
+    recipe, script = write_recipe(tmp_path), tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from zoo.cli import main\n"
+        "from zoo.train.loop import Run\n"
+        "forward = Run._forward\n"
+        "def spoilt(self, *args):\n"
+        "    outputs = forward(self, *args)\n"
+        "    if self.progress.step == 2:\n"
+        "        outputs.loss = outputs.loss * float('nan')\n"
+        "    elif self.progress.step == 3:\n"
+        "        outputs.loss = outputs.loss + (0 * outputs.loss).sqrt()\n"
+        "    return outputs\n"
+        "Run._forward = spoilt\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    for name, number in (("gpu.yaml", 1), ("zero3.yaml", 2)):
+        run = tmp_path / str(number)
+        words = ["train.tokens=768", "train.learning_rate=3e-4", "train.epsilon=1e-2"]
+        finish(launch(name, recipe, run, *words, processes=number, program=(str(script),)), run)
+        assert [row.get("skipped", 0) for row in read_log(run)] == [0, 0, 1, 2, 2, 2]
+    assert_same_weights(tmp_path / "1", tmp_path / "2", 1e-5)
+
+
 def test_how_a_run_is_started_changes_nothing(tmp_path):
     """One process, plain and through the launcher: equal to the last bit."""
     recipe = write_recipe(tmp_path)
@@ -127,9 +171,10 @@ def test_how_a_run_is_started_changes_nothing(tmp_path):
     assert (run / "latest/model.safetensors").read_bytes() == (plain / "latest/model.safetensors").read_bytes()
 
 
-def test_one_of_two_asked_to_stop_stops_both(tmp_path):
+@pytest.mark.parametrize("file", ["cpu.yaml", ZERO3])
+def test_one_of_two_asked_to_stop_stops_both(tmp_path, file):
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
-    started = launch("cpu.yaml", recipe, run, "train.tokens=1e6", "train.save_every=10000")
+    started = launch(file, recipe, run, "train.tokens=1e6", "train.save_every=10000")
     wait_for_step(run, 3, started)
     os.kill(workers(run)[-1], signal.SIGTERM)
     assert "stopped after step" in finish(started, run)
@@ -144,7 +189,26 @@ def test_processes_that_are_not_connected_do_not_train(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err == "zoo: 2 processes were started, 1 are connected\n"
 
 
-def test_precision_is_the_recipes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MIXED_PRECISION", "bf16", "mixed_precision: bf16; say train.precision in the recipe instead"),
+        ("GRADIENT_CLIPPING", "2.0", "gradient_clipping: 2.0; say train.max_grad_norm in the recipe instead"),
+        ("DEEPSPEED_ZERO_STAGE", "2", "zero_stage: 2; say 3 instead"),
+    ],
+)
+def test_what_the_recipe_decides_is_not_said_by_the_launch_file(
+    tmp_path, monkeypatch, capsys, variable, value, message
+):
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     assert main(["train", str(write_recipe(tmp_path))]) == 1
-    assert "say train.precision in the recipe instead" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"zoo: the launch file says {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"), [("optimizer=muon", "Muon needs matrices"), ("compile=true", "has hooks")]
+)
+def test_what_does_not_go_with_zero3_is_said_at_once(tmp_path, monkeypatch, capsys, word, message):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert main(["train", str(write_recipe(tmp_path)), f"train.{word}"]) == 1
+    assert message in capsys.readouterr().err

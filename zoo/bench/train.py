@@ -58,7 +58,7 @@ def _measure(name: str, repeats: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(f"tiny/{name}", [f"train.output={folder}", "train.trackers=[]"])
         output = Path(folder)
-        run = Run(config, output, make_accelerator(output, []), say=lambda line: None)
+        run = Run(config, output, make_accelerator(output, config.train), say=lambda line: None)
         stop = StopRequest()
         seconds, rounds = cpu.median_time(lambda: run._step(stop), repeats, _BUDGET)
         loader, _ = cpu.median_time(lambda: run.data.batches.batch(run.progress.step), repeats, _BUDGET)

@@ -20,20 +20,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.optim import Optimizer
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.cache import load_state, save_state
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_FROM_MAIN = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+from zoo.train.engine import Engine
 
 
 @dataclass
@@ -59,8 +49,7 @@ def save_checkpoint(
     output: Path,
     progress: Progress,
     accelerator: Accelerator,
-    model: nn.Module,
-    optimizers: list[Optimizer],
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, str],
     carried: list[Cache],
@@ -72,8 +61,7 @@ def save_checkpoint(
         output: folder of the run, which all processes see.
         progress: how far the run has come.
         accelerator: the processes.
-        model: as it is trained.
-        optimizers: of its parameters.
+        engine: what is trained.
         tokenizer: of the run.
         texts: further files, by name.
         carried: states that the next step goes on from, of this process.
@@ -81,8 +69,7 @@ def save_checkpoint(
     """
     folder = output / f"step-{progress.step:08d}"
     partial = output / f".{folder.name}.partial"
-    weights = get_model_state_dict(model, options=_WHOLE)
-    moments = get_optimizer_state_dict(model, optimizers, options=_WHOLE)
+    weights, moments = engine.weights(), engine.moments()
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "trainer").mkdir(parents=True)
@@ -90,7 +77,7 @@ def save_checkpoint(
     _save_rank(_rank_folder(partial, accelerator.process_index), carried)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        raw = accelerator.unwrap_model(model)
+        raw = accelerator.unwrap_model(engine.model)
         for tied in raw.all_tied_weights_keys:  # a sharded model gives them once more, under their own name
             weights.pop(tied, None)
         try:
@@ -135,28 +122,18 @@ def find_checkpoint(output: Path, say: Callable[[str], None]) -> tuple[Path, Pro
     return None
 
 
-def load_checkpoint(
-    folder: Path,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-) -> list[Cache] | None:
+def load_checkpoint(folder: Path, accelerator: Accelerator, engine: Engine) -> list[Cache] | None:
     """Restore optimizers, random numbers and carried states of this process; the model has its weights already.
 
     Returns:
         The carried states; None if another number of processes wrote the checkpoint, so that neither random numbers nor
         carried states could be restored.
     """
-    moments = {}
-    if accelerator.is_main_process:
-        moments = torch.load(folder / "trainer" / "optimizer.pt", map_location="cpu", weights_only=True)
-    set_optimizer_state_dict(
-        model, optimizers, moments, options=_FROM_MAIN if accelerator.num_processes > 1 else _WHOLE
-    )
+    engine.load_moments(folder / "trainer" / "optimizer.pt")
     written_by = len(list((folder / "trainer").glob("rank-*")))
     if written_by != accelerator.num_processes:
         return None
-    return _load_rank(_rank_folder(folder, accelerator.process_index), accelerator.unwrap_model(model))
+    return _load_rank(_rank_folder(folder, accelerator.process_index), accelerator.unwrap_model(engine.model))
 
 
 def point_latest(output: Path, folder: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from omegaconf import OmegaConf
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.cache import detach_state
@@ -31,8 +29,9 @@ from zoo.train.checkpoint import (
 from zoo.train.config import TrainConfig, to_yaml
 from zoo.train.data import TrainingData, prepare_data
 from zoo.train.distributed import make_accelerator
+from zoo.train.engine import make_engine
 from zoo.train.model import check_model, make_model
-from zoo.train.optimizer import learning_rate_schedule, make_optimizers, set_learning_rate
+from zoo.train.optimizer import learning_rate_schedule, set_learning_rate
 from zoo.train.output import check_recipe, claimed, flat
 from zoo.train.plan import make_plan, memory_in_use, peak_of
 from zoo.train.report import ProgressBar, RunLog, describe_scores, plot_run
@@ -61,7 +60,7 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Sc
     if output.exists() and not output.is_dir():
         raise ValueError(f"train.output {output} is a file")
     check_model(config)  # an error in it shall not wait for the data
-    accelerator = make_accelerator(output, config.train.trackers)
+    accelerator = make_accelerator(output, config.train)
     if config.data.batch_size % accelerator.num_processes:
         raise ValueError(
             f"data.batch_size is {config.data.batch_size}, which does not divide among {accelerator.num_processes} "
@@ -93,9 +92,8 @@ class Run:
         self.say(f"{config.model.preset}: {model.num_parameters():,} parameters")
         self.plan = make_plan(config, model, accelerator.num_processes)
         self.factor = learning_rate_schedule(config.train, self.plan.steps)
-        optimizers = make_optimizers(model, config.train)
-        self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
-        self.raw_model: PreTrainedModel = accelerator.unwrap_model(self.model)
+        self.engine = make_engine(accelerator, model, config.train)
+        self.raw_model: PreTrainedModel = accelerator.unwrap_model(self.engine.model)
         # Each process drops out other activations, and with another number of processes not those of the start again.
         torch.manual_seed(config.train.seed + accelerator.process_index + 1_000_003 * self.progress.step)
         self.carried: list[Cache] = []
@@ -117,7 +115,7 @@ class Run:
 
     def _resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
-        carried = load_checkpoint(folder, self.accelerator, self.model, self._bare_optimizers())
+        carried = load_checkpoint(folder, self.accelerator, self.engine)
         self.carried = carried or []
         self.say(f"going on from {folder.name}, {self.progress.tokens:,} tokens")
         if self.progress.world_size != self.accelerator.num_processes:
@@ -130,16 +128,16 @@ class Run:
         if self.is_main:
             point_latest(self.output, folder)
 
-    def _bare_optimizers(self) -> list[Optimizer]:
-        return [optimizer.optimizer for optimizer in self.optimizers]
-
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Score]:
         """Go through the steps that are left, then score all of the held-out texts."""
         settings, progress, plan = self.config.train, self.progress, self.plan
         if settings.trackers:
-            self.accelerator.init_trackers("zoo", flat(OmegaConf.to_container(OmegaConf.structured(self.config))))
+            recipe = flat(OmegaConf.to_container(OmegaConf.structured(self.config)))
+            name, folder = self.output.absolute().name, str(self.output / "trackers")
+            options = {"wandb": {"name": name, "dir": folder}, "trackio": {"name": name}}
+            self.accelerator.init_trackers("zoo", recipe, init_kwargs=options)
         log = RunLog(self.output / "log.jsonl", progress.step) if self.is_main else None
         bar = ProgressBar(self.config.model.preset, plan.tokens, progress.tokens, self.is_main)
         _, peak = peak_of(self.accelerator.device)
@@ -190,7 +188,7 @@ class Run:
         """One update of the weights; gives the figures of the log, and whether some process was asked to stop."""
         settings, progress, accelerator = self.config.train, self.progress, self.accelerator
         factor = self.factor(progress.step)
-        set_learning_rate(self.optimizers, factor)
+        set_learning_rate(self.engine.optimizers, factor)
         batch = self.data.batches.batch(progress.step, accelerator.process_index, accelerator.num_processes)
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         count = (batch["shift_labels"] != IGNORED).sum().float()
@@ -200,12 +198,11 @@ class Run:
         total, auxiliary, carried = 0.0, {}, []
         caches = self.carried or [None] * len(parts)
         for index, (part, cache) in enumerate(zip(parts, caches, strict=True)):
-            is_last = index == len(parts) - 1
-            with nullcontext() if is_last else accelerator.no_sync(self.model):
+            with self.engine.micro_batch(is_last=index == len(parts) - 1):
                 with self.autocast:
                     outputs = self._forward(dict(zip(batch, part, strict=True)), cache, count)
                 # Gradients are averaged over the processes, and each has the sum of its part of the mean.
-                accelerator.backward(outputs.loss * accelerator.num_processes)
+                self.engine.backward(outputs.loss * accelerator.num_processes)
             total = total + outputs.loss.detach().float()
             for name, value in (outputs.aux_losses or {}).items():
                 auxiliary[name] = auxiliary.get(name, 0.0) + value.detach().float() / len(parts)
@@ -214,8 +211,7 @@ class Run:
                 carried.append(outputs.past_key_values)
         self.carried = carried
         loss = accelerator.reduce(total).item()
-        norm = _full(accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)).item()
-        self._update(loss, norm)
+        norm = self._update(loss)
         progress.step += 1
         progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
         progress.world_size = accelerator.num_processes
@@ -228,7 +224,7 @@ class Run:
 
     def _forward(self, part: dict[str, Tensor], cache: Cache | None, count: Tensor) -> Any:
         settings = self.config.train
-        return self.model(
+        return self.engine.model(
             **part,
             past_key_values=cache,
             use_cache=settings.carry_state,
@@ -237,20 +233,16 @@ class Run:
             skip_logits=True,
         )
 
-    def _update(self, loss: float, norm: float) -> None:
-        """Take the step, or skip it where gradients are not finite."""
+    def _update(self, loss: float) -> float:
+        """Take the step, or skip it where gradients are not finite; gives their norm."""
         progress = self.progress
-        is_finite = abs(norm) < float("inf") and abs(loss) < float("inf")
-        if is_finite:
-            for optimizer in self.optimizers:
-                optimizer.step()
+        norm, is_taken = self.engine.step(loss)
+        if is_taken:
             progress.skipped_in_a_row = 0
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
             self.carried = []  # what led there shall not go on
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
         if progress.skipped_in_a_row >= self.config.train.max_skipped:
             latest = self.output / "latest"
             kept = f"the last checkpoint is {latest.resolve()}" if latest.exists() else "none was saved yet"
@@ -258,6 +250,7 @@ class Run:
                 f"loss {loss} and gradient norm {norm} at step {progress.step + 1}, the "
                 f"{progress.skipped_in_a_row}th in a row that is not finite; {kept}"
             )
+        return norm
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
@@ -267,7 +260,7 @@ class Run:
         with self.autocast:
             scores = {
                 name: validate(
-                    self.model,
+                    self.engine.model,
                     store,
                     self.accelerator,
                     data.sequence_length,
@@ -305,8 +298,7 @@ class Run:
             self.output,
             self.progress,
             self.accelerator,
-            self.model,
-            self._bare_optimizers(),
+            self.engine,
             self.tokenizer,
             self._facts() if self.is_main else {},
             self.carried,
@@ -353,8 +345,3 @@ class Run:
                 self.say(f"sample{indent(sample, '  | ')}")
             self.say(f"checkpoint {self.output / 'latest'}, pictures {self.output / 'loss.png'} and beside it")
         return scores
-
-
-def _full(norm: Tensor) -> Tensor:
-    """A gradient norm as one number, also where the gradients are sharded."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -149,7 +149,7 @@ def describe_plan(plan: Plan, name: str, peak: float, devices: int) -> Iterable[
     if plan.activation_memory is not None:
         activations = f"{plan.activation_memory / 1e9:.2f} GB activations of a micro-batch"
     room = f", of {DEVICES[name].memory / 1e9:.0f} GB" if name in DEVICES else ""
-    state = f"{plan.state_memory / 1e9:.2f} GB weights, gradients and moments (shared out under FSDP2)"
+    state = f"{plan.state_memory / 1e9:.2f} GB weights, gradients and moments (shared out under FSDP2 and ZeRO-3)"
     yield f"{'memory':<16}{state}, {activations}{room}"
     hours = plan.hours(peak, devices)
     on = f"{devices} x {name}" if devices > 1 else name

@@ -1,6 +1,7 @@
 """The bench: every contender computes what the op computes, rows are whole, nothing finished is lost."""
 
 import csv
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 import zoo.ops
 from zoo import bench
-from zoo.bench import models, pairs, results, train
+from zoo.bench import models, pairs, results, scoring, train
 from zoo.bench.workload import CPU_FORMS, known_ops, workloads_of
 from zoo.cli import main
 
@@ -201,3 +202,20 @@ def test_steps_of_a_recipe_are_timed(tmp_path, capsys):
     assert "retnet" in capsys.readouterr().out
     assert main(["bench", "train", "retnt"]) == 1
     assert "did you mean retnet" in capsys.readouterr().err
+
+
+def test_scores_are_timed_beside_those_of_hflm(monkeypatch, tmp_path, capsys):
+    for name, value in {"_CONTEXT": 60, "_BUDGET": 0.05, "_SIZES": {"num_hidden_layers": 2}}.items():
+        monkeypatch.setattr(scoring, name, value)
+    output = tmp_path / "eval.csv"
+    assert main(["bench", "eval", "retnet", "--repeats", "1", "--output", str(output)]) == 0, capsys.readouterr().err
+    rows = list(csv.DictReader(output.open()))
+    assert tuple(rows[0]) == scoring.COLUMNS
+    assert [(row["batch_size"], row["contender"]) for row in rows] == list(itertools.product("18", ("ZooLM", "HFLM")))
+    for ours, theirs in (rows[:2], rows[2:]):
+        assert float(ours["ratio"]) == pytest.approx(
+            float(theirs["milliseconds"]) / float(ours["milliseconds"]), rel=0.02
+        )
+        assert (float(ours["ratio"]) >= 3) == (ours["met"] == "yes")
+        assert float(theirs["difference"]) < 1e-3
+    assert "HFLM" in capsys.readouterr().out

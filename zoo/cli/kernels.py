@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from zoo.cli.arguments import find_device
+from zoo.cli.arguments import extra, find_device
 from zoo.errors import unknown_name
 
 
@@ -25,6 +25,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     kind.set_defaults(run=bench_length)
     kind = _add_bench(kinds, "train", "recipe", "time steps of the tiny recipes on a CPU")
     kind.set_defaults(run=bench_train)
+    kind = _add_bench(kinds, "eval", "model", "time lm-eval's scores of long contexts beside its own class, on a CPU")
+    kind.set_defaults(run=bench_eval)
     kind = _add_bench(kinds, "aot", "op", "compile the Triton kernels for GPUs that are not there", repeats=None)
     kind.set_defaults(run=bench_aot)
 
@@ -93,6 +95,12 @@ def bench_train(arguments: argparse.Namespace) -> None:
     from zoo.bench.train import bench_train  # noqa: PLC0415 (as above)
 
     bench_train(arguments.names, arguments.repeats, arguments.output)
+
+
+def bench_eval(arguments: argparse.Namespace) -> None:
+    with extra("eval", "evaluation"):
+        from zoo.bench.scoring import bench_eval  # noqa: PLC0415 (as above)
+    bench_eval(arguments.names, arguments.repeats, arguments.output)
 
 
 def bench_aot(arguments: argparse.Namespace) -> None:

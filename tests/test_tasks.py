@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 
 import lm_eval.tasks
@@ -394,21 +394,23 @@ def test_bits_per_byte(tmp_path):
 def test_bits_per_byte_by_position(tmp_path):
     text = "".join(f"Größe {i} " for i in range(100))
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    lm, options = Uniform(), {"text": str(tmp_path / "book.txt"), "edges": [50, 75, 300]}
-    results = _results(lm, "bits_per_byte_by_position", **options)
-    assert [results[f"bits_per_byte_by_position_{i}"]["bits_per_byte,none"] for i in (0, 50, 75)] == pytest.approx(
-        [2] * 3
-    )
+    lm, options = Uniform(), {"text": str(tmp_path / "book.txt")}
+    results = _results(lm, "bits_per_byte_by_position", **options, ranges=[[0, 50], [50, 75], [200, 300]])
+    scores = [results[f"bits_per_byte_by_position_{i}"]["bits_per_byte,none"] for i in (0, 50, 200)]
+    assert scores == pytest.approx([2] * 3)
+    assert len(lm.pairs) == 6  # what is left over of the text is no document
     for document in (text[:300], text[300:600]):
         ranges = sorted(pair for pair in lm.pairs if "".join(pair) in document and document.startswith(pair[0]))
-        assert [before for before, _ in ranges] == ["", *accumulate(there for _, there in ranges[:-1])]
-        assert "".join(there for _, there in ranges) == document
-    assert len(lm.pairs) == 6  # what is left over of the text is no document
-    assert all(there[0] == " " for before, there in lm.pairs if before)
-    for edges, message in (
-        ([50, 50], "must ascend from 1"),
-        ([0, 5], "must ascend"),
-        ([10_000], "the last edge is 10,000"),
+        (nothing, first), (before, second), (long_before, last) = ranges
+        assert (nothing, before) == ("", first)
+        assert long_before.startswith(first + second)
+        assert long_before + last == document
+        assert [len(first) // 10, len(before + second) // 10, len(long_before) // 10] == [4, 7, 19]
+        assert second[0] == last[0] == " "
+    for ranges, message in (
+        ([[50, 50]], "must ascend from 0"),
+        ([[0, 5], [4, 9]], "not overlap"),
+        ([[0, 10_000]], "10,000"),
     ):
         with pytest.raises(ValueError, match=message):
-            _results(lm, "bits_per_byte_by_position", **{**options, "edges": edges})
+            _results(lm, "bits_per_byte_by_position", **options, ranges=ranges)

@@ -74,10 +74,10 @@ def draw_quality(rows: Sequence[Row]) -> Figure:
         axes.set_title(setting, fontsize="small")
         axes.tick_params(labelbottom=True)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.2)
+    panels[0].xaxis.set_major_locator(_few_ticks(*panels[0].get_xlim()))  # the panels share it
     for axes in panels[len(settings) :]:
         axes.set_axis_off()
     if rows[0]["metric"].startswith("acc"):
@@ -86,6 +86,15 @@ def draw_quality(rows: Sequence[Row]) -> Figure:
     figure.supylabel(f"{rows[0]['task']}, {rows[0]['metric']}", fontsize="medium")
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
+
+
+def _few_ticks(low: float, high: float) -> LogLocator:
+    """Ticks of a logarithmic axis, as many as a small panel has room for."""
+    for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        locator = LogLocator(subs=digits)
+        if sum(low <= tick <= high for tick in locator.tick_values(low, high)) <= 4:
+            break
+    return locator
 
 
 def _point(axes: Axes, row: Row, color: object) -> None:

@@ -1,7 +1,6 @@
 """Text that is never trained on: what a corpus holds out, or a file of the user's; whole, or by position in it."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +33,23 @@ def load(corpus: str, text: str, characters: int, **others: Any) -> dict[str, Da
 class ByPosition(Group):
     """A group of lm-eval tasks, one for each range of positions: what is there costs so much, given all before it.
 
-    Of the metadata, `corpus` and `text` are those of `load`, and `edges` are positions in characters: documents are as
-    long as the last, and a task is named after where its range begins.
+    Of the metadata, `corpus` and `text` are those of `load`, and `ranges` are pairs of positions in characters, from
+    the first up to the second: documents are as long as the last, and a task is named after where its range begins.
 
     Raises:
-        ValueError: if the edges do not ascend from 1.
+        ValueError: if the ranges do not ascend from 0, or overlap.
     """
 
     def __init__(self, config: Mapping[str, Any]):
         metadata = dict(config["metadata"])
-        edges = metadata.pop("edges")
-        if any(start >= stop for start, stop in pairwise([0, *edges])):
-            raise ValueError(f"edges of task {config['task']!r} must ascend from 1, got {edges}")
+        ranges = metadata.pop("ranges")
+        borders = [position for pair in ranges for position in pair]
+        if borders[0] < 0 or any(start >= stop for start, stop in ranges) or borders != sorted(borders):
+            raise ValueError(f"ranges of task {config['task']!r} must ascend from 0 and not overlap, got {ranges}")
         super().__init__(config["task"], metadata=metadata)
         shared = {name: value for name, value in config.items() if name != "class"}
-        for start, stop in pairwise([0, *edges]):
-            own = {**metadata, "start": start, "stop": stop, "characters": edges[-1]}
+        for start, stop in ranges:
+            own = {**metadata, "start": start, "stop": stop, "characters": borders[-1]}
             self.add(ConfigurableTask(config={**shared, "task": f"{self.name}_{start}", "metadata": own}))
 
 
@@ -68,7 +68,7 @@ def load_range(corpus: str, text: str, characters: int, start: int, stop: int, *
     whole = _read(corpus, text)
     documents = [whole[i : i + characters] for i in range(0, len(whole) - characters + 1, characters)]
     if not documents:
-        raise ValueError(f"{text} has {len(whole):,} characters, the last edge is {characters:,}")
+        raise ValueError(f"{text} has {len(whole):,} characters, the last range ends at {characters:,}")
     rows = []
     for document in documents:
         first, last = (_space_before(document, position) for position in (start, stop))

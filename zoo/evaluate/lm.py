@@ -8,6 +8,7 @@ Nothing is truncated silently, and the processes of a launcher share the work on
 """
 
 import logging
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -161,7 +162,7 @@ class ZooLM(HFLM):
         for strings, context, continuation in requests:
             if not context or not 0 < len(continuation) < room:
                 raise ValueError(
-                    f"{strings}: {len(context)} tokens of context and {len(continuation)} to predict; there must be "
+                    f"{reprlib.repr(strings)}: {len(context)} tokens of context and {len(continuation)} to predict; there must be "
                     f"one of each, and no more than max_length {self.max_length} to predict"
                 )
         self._report_truncation("loglikelihood", [len(x) + len(y) - room for _, x, y in requests])

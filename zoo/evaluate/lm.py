@@ -162,8 +162,8 @@ class ZooLM(HFLM):
         for strings, context, continuation in requests:
             if not context or not 0 < len(continuation) < room:
                 raise ValueError(
-                    f"{reprlib.repr(strings)}: {len(context)} tokens of context and {len(continuation)} to predict; there must be "
-                    f"one of each, and no more than max_length {self.max_length} to predict"
+                    f"{reprlib.repr(strings)}: {len(context)} tokens of context and {len(continuation)} to predict; "
+                    f"there must be one of each, and no more than max_length {self.max_length} to predict"
                 )
         self._report_truncation("loglikelihood", [len(x) + len(y) - room for _, x, y in requests])
         shared_from = _SHARED_FROM if self._reads_in_pieces else None

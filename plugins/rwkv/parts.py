@@ -34,7 +34,7 @@ class TokenShift(nn.Module):
     def forward(self, x: Tensor, last: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """x (b t d), the last token before them (b d) -> mixed (c b t d), the last token (b d)."""
         previous, last = look_back(x, last, tokens)
-        mu = self.mu[:, None, None]
+        mu = self.mu.view(-1, 1, 1, x.shape[-1])
         if self.mu_of_current:
             return torch.addcmul(previous, x - previous, mu), last
         return torch.addcmul(x, previous - x, mu), last

@@ -72,12 +72,14 @@ def draw_quality(rows: Sequence[Row]) -> Figure:
         handles.append(Line2D([], [], color=color, label=label, **style))
     for axes, setting in zip(panels, settings, strict=False):
         axes.set_title(setting, fontsize="small")
-        axes.tick_params(labelbottom=True)
+        axes.tick_params(labelbottom=True, labelsize="small")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.2)
-    panels[0].xaxis.set_major_locator(_few_ticks(*panels[0].get_xlim()))  # the panels share it
+    if states := [float(row["state_bytes"]) for row in rows if row["state_bytes"]]:
+        low, high = min(states) / 1.8, max(states) * 1.8
+        panels[0].set_xlim(low, high)  # of all panels
+        panels[0].xaxis.set_major_locator(_few_ticks(low, high))
     for axes in panels[len(settings) :]:
         axes.set_axis_off()
     if rows[0]["metric"].startswith("acc"):
@@ -90,7 +92,7 @@ def draw_quality(rows: Sequence[Row]) -> Figure:
 
 def _few_ticks(low: float, high: float) -> LogLocator:
     """Ticks of a logarithmic axis, as many as a small panel has room for."""
-    for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+    for digits in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         locator = LogLocator(subs=digits)
         if sum(low <= tick <= high for tick in locator.tick_values(low, high)) <= 4:
             break

@@ -14,7 +14,7 @@ def extra(name: str, purpose: str) -> Iterator[None]:
 
     Args:
         name: of the extra.
-        purpose: what needs it, in the plural or as a gerund that goes before "needs".
+        purpose: what needs it, as the subject of "needs".
     """
     try:
         yield

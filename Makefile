@@ -19,6 +19,7 @@ test: .venv/installed-test
 	$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed-test
+	$(INSTALL) --editable '.[deepspeed]'
 	$(PYTEST) -m slow
 	ZOO_KERNELS=chunked $(PYTEST) tests/test_contract.py
 	ZOO_KERNELS=reference $(PYTEST) tests/test_contract.py -k "not compiled and not (titans and gradient_checkpointing)"

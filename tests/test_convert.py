@@ -123,7 +123,7 @@ print((peak() - before) / size)
 """
     arguments = [sys.executable, "-c", program, str(tmp_path / "llama"), str(tmp_path / "ours")]
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert float(result.stdout) <= 1.3
+    assert float(result.stdout.split()[-1]) <= 1.3  # behind what libraries say when they are imported
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -42,14 +42,20 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 VOCABULARY = 120
 LENGTH = 70  # more than a chunk of the ops and more than two windows of the sliding preset
 
-every_model = pytest.mark.parametrize("name", NAMES)
 both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 
 
-def promise(test):
-    """Mark a test as a promise; where a plugin declares it unkept, the test must end in the declared error instead."""
+def promise(test=None, slow: tuple[str, ...] = ()):
+    """Mark a test as a promise; where a plugin declares it unkept, the test must end in the declared error instead.
 
-    @every_model
+    Args:
+        test: the test, which takes the name of a model.
+        slow: models with which it takes long: there it is a slow test.
+    """
+    if test is None:
+        return functools.partial(promise, slow=slow)
+
+    @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in slow)) for x in NAMES])
     @functools.wraps(test)
     def checked(name, **kwargs):
         reason = find_preset(name).unkept.get(test.__name__.removeprefix("test_"))
@@ -497,7 +503,7 @@ def test_every_parameter_gets_a_gradient(name):
     assert not without
 
 
-@promise
+@promise(slow=("armt-tiny", "lm2-tiny", "titans-tiny"))
 def test_compiled_training(name):
     """A training step, packed rows included, is one graph."""
     torch._dynamo.reset()

@@ -309,8 +309,17 @@ def recorded_operator_calls(op: str, run) -> list[tuple]:
     return record.calls
 
 
+_SLOW_TO_COMPILE = (("cell_scan", "chunked"), ("delta_rule", "chunked"))  # graphs of thousands of nodes
+
+
 @pytest.mark.parametrize(
-    ("op", "form"), [(op, form) for op in op_names() for form in ("chunked", "native") if form in forms_of(op)]
+    ("op", "form"),
+    [
+        pytest.param(op, form, marks=[pytest.mark.slow] * ((op, form) in _SLOW_TO_COMPILE))
+        for op in op_names()
+        for form in ("chunked", "native")
+        if form in forms_of(op)
+    ],
 )
 def test_compiles_into_one_graph(op, form):
     """A case of each op, packed documents and all.

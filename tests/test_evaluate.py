@@ -1,4 +1,4 @@
-"""lm-eval on models of the zoo: HFLM's scores with less work, nothing cut silently; texts scored by position."""
+"""lm-eval on models of the zoo: HFLM's scores with less work, nothing cut silently."""
 
 import json
 import logging

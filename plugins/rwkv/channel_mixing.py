@@ -32,8 +32,8 @@ class ChannelMixing7(RecurrentMixer):
 
     def scan(self, x: Tensor, state: State, tokens: Tokens) -> tuple[Tensor, State]:
         (x_k,), last = self.shift(x, *state, tokens)
-        k = F.relu(self.k_proj(x_k))
-        return self.v_proj(k * k), (last,)  # `square` goes through `pow`, which takes longer for a token
+        k = F.relu(self.k_proj(x_k))  # squared as a product: `square` is `pow`, which takes longer for a token
+        return self.v_proj(k * k), (last,)
 
     def reset_parameters(self) -> None:
         place = Place(self.config, self.layer_idx)

@@ -8,7 +8,8 @@ store.py         tokens on disk, memory-mapped, appended to while they are read
 batches.py       rows and their order: a batch is a function of seed, step and rank
 data.py          all of that for a recipe
 optimizer.py     AdamW, Muon, learning rates
-distributed.py   one process or many
+model.py         what is trained, new or from a checkpoint
+distributed.py   one process or many; engine.py, a model whole or shared out; zero.py, by DeepSpeed
 loop.py          the run
 checkpoint.py    what it saves and goes on from; output.py, its folder; stop.py, how it is ended
 validation.py    how well it predicts held-out text

@@ -233,21 +233,24 @@ def losses_of(layer: MoE, logits: Tensor, mask: Tensor | None) -> dict[str, Tens
 
 @pytest.mark.parametrize("has_padding", [False, True])
 def test_losses_by_hand_and_transformers(has_padding):
-    layer, logits, mask = make_layer(), 3 * draw(B, T, 5), padding() if has_padding else None
+    """Of each row; transformers gives one of all rows together."""
+    layer, logits = make_layer(), 3 * draw(B, T, 5)
+    mask = padding() if has_padding else None
     found = losses_of(layer, logits, mask)
-    real = logits.flatten(0, 1) if mask is None else logits[mask]
-    share, probability, z = [0.0] * 5, [0.0] * 5, 0.0
-    for row in real.tolist():
-        total = sum(math.exp(value) for value in row)
-        z += math.log(total) ** 2 / len(real)
-        for e, value in enumerate(row):
-            probability[e] += math.exp(value) / total / len(real)
-            share[e] += (sorted(row, reverse=True).index(value) < 2) / len(real)
-    balance = 5 * sum(f * p for f, p in zip(share, probability, strict=True))
-    assert abs(found["load_balancing_loss"] - balance) <= 1e-12
-    assert abs(found["router_z_loss"] - z) <= 1e-12
-    theirs = load_balancing_loss_func((logits.flatten(0, 1),), 5, 2, mask)
-    assert abs(found["load_balancing_loss"] - theirs) <= 1e-6
+    for row in range(B):
+        real = logits[row] if mask is None else logits[row, mask[row]]
+        share, probability, z = [0.0] * 5, [0.0] * 5, 0.0
+        for token in real.tolist():
+            total = sum(math.exp(value) for value in token)
+            z += math.log(total) ** 2 / len(real)
+            for e, value in enumerate(token):
+                probability[e] += math.exp(value) / total / len(real)
+                share[e] += (sorted(token, reverse=True).index(value) < 2) / len(real)
+        balance = 5 * sum(f * p for f, p in zip(share, probability, strict=True))
+        assert abs(found["load_balancing_loss"][row] - balance) <= 1e-12
+        assert abs(found["router_z_loss"][row] - z) <= 1e-12
+        theirs = load_balancing_loss_func((logits[row],), 5, 2, None if mask is None else mask[row : row + 1])
+        assert abs(found["load_balancing_loss"][row] - theirs) <= 1e-6
 
 
 def test_an_even_router_has_the_least_loss():
@@ -270,8 +273,8 @@ def test_the_loss_of_a_model():
     assert abs(out.loss - (plain.loss + out.aux_loss)) <= 1e-6
     assert torch.equal(out.logits, plain.logits)
     logits = [layer.channel_mixer.router(hidden) for layer, hidden in _routed(model, tokens)]
-    of_layers = [load_balancing_loss_func((x.flatten(0, 1),), 5, 2) for x in logits]
-    assert abs(balance - sum(of_layers) / 2) <= 1e-6
+    of_rows = [load_balancing_loss_func((row,), 5, 2) for x in logits for row in x]
+    assert abs(balance - sum(of_rows) / 4) <= 1e-6
     assert abs(z - sum(x.logsumexp(-1).square().mean() for x in logits) / 2) <= 1e-5
     out.aux_loss.backward()
     assert all(
@@ -317,6 +320,20 @@ def test_accumulated_gradients():
         out = model(tokens, labels=tokens, num_items_in_batch=count)
         share = tokens[:, 1:].numel() / count
         assert abs(out.loss - share * alone.loss) <= 1e-6  # transformers computes the labels' loss in float32
+
+
+def test_rows_together_and_apart():
+    """The losses of a batch are the means of those of its rows, weighted by what the rows are to predict."""
+    model = make_model(router_aux_loss_coef=1.0).double().train()
+    tokens = ids(3, 12)
+    labels = tokens.index_fill(1, torch.arange(2), -100).clone()
+    labels[1, 4:] = -100
+    together = model(tokens, labels=labels)
+    share = (labels[:, 1:] != -100).sum(1).double()
+    share /= share.sum()
+    apart = [model(tokens[i : i + 1], labels=labels[i : i + 1]).aux_losses for i in range(3)]
+    for name, value in together.aux_losses.items():
+        assert abs(value - sum(s * row[name] for s, row in zip(share, apart, strict=True))) <= 1e-12
 
 
 # -- a model -----------------------------------------------------------------------------------------------------------

@@ -101,10 +101,13 @@ def test_auxiliary_losses_are_logged(recipe, tmp_path):
         assert set(row) >= {"load_balancing_loss", "router_z_loss"}
 
 
-def test_any_split_of_a_batch_gives_the_same_update(train):
+@pytest.mark.parametrize(
+    "words", [(), ("model.preset=jamba-tiny", "model.overrides.router_aux_loss_coef=1.0")], ids=["plain", "experts"]
+)
+def test_any_split_of_a_batch_gives_the_same_update(train, words):
     """Token-normalised: rows that are padded count by their tokens. Here micro-batches; ranks are tested elsewhere."""
     # With a small rate and a large epsilon an update is not much coarser than the sums that it is made of.
-    words = ["train.tokens=512", "train.learning_rate=3e-4", "train.epsilon=1e-2", "train.z_loss=1e-4"]
+    words = [*words, "train.tokens=512", "train.learning_rate=3e-4", "train.epsilon=1e-2", "train.z_loss=1e-4"]
     runs = [train(*words, f"data.micro_batch_size={rows}", into=f"run-{rows}") for rows in (4, 1, 3)]
     for other in runs[1:]:
         assert_same_curve(runs[0], other, 1e-5)

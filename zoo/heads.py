@@ -139,7 +139,7 @@ class ZooForCausalLM(ZooPreTrainedModel):
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
                 loss = loss + z_loss * _mean_square_normalizer(logits, targets, **kwargs) if z_loss else loss
         if targets is not None and self.training and (found := self.auxiliary_losses(outputs)):
-            aux_loss, aux_losses = _add_up(found, loss.device)
+            aux_loss, aux_losses = _add_up(found, targets.to(loss.device))
             loss = loss + aux_loss * _share_of_step(targets, **kwargs)
         return ZooCausalLMOutput(
             loss=loss,
@@ -152,11 +152,17 @@ class ZooForCausalLM(ZooPreTrainedModel):
         )
 
 
-def _add_up(losses: list[AuxiliaryLoss], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum with coefficients, and by name the values without; those of one name are averaged."""
+def _add_up(losses: list[AuxiliaryLoss], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum with coefficients, and by name the values without; those of one name are averaged.
+
+    A row counts by what it is to predict, targets (b t), as it does in the loss of the labels.
+    """
+    counts = (targets != -100).sum(1)
     by_name: dict[str, list[AuxiliaryLoss]] = {}
     for loss in losses:
-        by_name.setdefault(loss.name, []).append(loss._replace(value=loss.value.to(device)))
+        value = loss.value.to(targets.device)
+        mean = counts.to(value.dtype) @ value / counts.sum().clamp(min=1)
+        by_name.setdefault(loss.name, []).append(loss._replace(value=mean))
     total = sum(sum(x.coefficient * x.value for x in same) / len(same) for same in by_name.values())
     return total, {name: sum(x.value.detach() for x in same) / len(same) for name, same in by_name.items()}
 

@@ -154,7 +154,7 @@ class AuxiliaryLoss(NamedTuple):
     """Losses of one name, as those of several layers, are averaged."""
     coefficient: float
     value: Tensor
-    """A scalar, reported as it is and added times the coefficient."""
+    """Of each row of the batch, (b), so that a row's loss is the same whatever rows stand beside it."""
 
 
 def _expand_index(order: Tensor, x: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ In training the router is asked to spread the tokens and to keep its logits smal
                           take expert e, P_e the mean of p_e; k where all is even
     mean (log sum exp)^2  z-loss (ST-MoE, arXiv:2202.08906, eq. 5)
 
+over the tokens of a row, as DeepSeek-V3 balances each sequence (arXiv:2412.19437, eq. 17-20). Over a batch the first
+would be another loss for every way to divide the batch among processes and steps of accumulation.
+
 Letters: b batch, t tokens, n tokens of all rows, d width, f inner width of an expert, E experts, k experts of a token.
 """
 
@@ -164,15 +167,15 @@ class MoE(Mixer):
         logits = shared[self._logits]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         real = logits.new_ones(logits.shape[:-1]) if mask is None else mask.to(logits.dtype)
-        share = real / real.sum().clamp(min=1)  # of each token in the mean
+        share = real / real.sum(1, keepdim=True).clamp(min=1)  # of each token in the mean of its row
 
         def mean(x: Tensor) -> Tensor:
-            """Over the real tokens, (b t ...) -> (...)."""
-            return torch.tensordot(share, x, dims=2)
+            """Over the real tokens of each row, (b t E) -> (b E)."""
+            return torch.einsum("bt,bte->be", share, x)
 
         taken = torch.zeros_like(logits).scatter(-1, self.route(logits)[1], 1.0)
-        balance = self.config.num_experts * (mean(taken) * mean(_probabilities(logits))).sum()
-        z = mean(logits.logsumexp(dim=-1).square())
+        balance = self.config.num_experts * (mean(taken) * mean(_probabilities(logits))).sum(-1)
+        z = (share * logits.logsumexp(dim=-1).square()).sum(1)
         return [
             AuxiliaryLoss("load_balancing_loss", self.config.router_aux_loss_coef, balance),
             AuxiliaryLoss("router_z_loss", self.config.router_z_loss_coef, z),

@@ -198,14 +198,16 @@ class Run:
         total, auxiliary, carried = 0.0, {}, []
         caches = self.carried or [None] * len(parts)
         for index, (part, cache) in enumerate(zip(parts, caches, strict=True)):
+            part = dict(zip(batch, part, strict=True))
             with self.engine.micro_batch(is_last=index == len(parts) - 1):
                 with self.autocast:
-                    outputs = self._forward(dict(zip(batch, part, strict=True)), cache, count)
+                    outputs = self._forward(part, cache, count)
                 # Gradients are averaged over the processes, and each has the sum of its part of the mean.
                 self.engine.backward(outputs.loss * accelerator.num_processes)
             total = total + outputs.loss.detach().float()
+            share = (part["shift_labels"] != IGNORED).sum() / count
             for name, value in (outputs.aux_losses or {}).items():
-                auxiliary[name] = auxiliary.get(name, 0.0) + value.detach().float() / len(parts)
+                auxiliary[name] = auxiliary.get(name, 0.0) + share * value.float()
             if settings.carry_state:
                 detach_state(outputs.past_key_values)
                 carried.append(outputs.past_key_values)
@@ -217,7 +219,7 @@ class Run:
         progress.world_size = accelerator.num_processes
         figures = {"loss": loss, "grad_norm": norm, "lr": settings.learning_rate * factor}
         for name, value in auxiliary.items():
-            figures[name] = accelerator.reduce(value, "mean").item()
+            figures[name] = accelerator.reduce(value).item()
         if progress.skipped:
             figures["skipped"] = progress.skipped
         return figures, bool(stopped)

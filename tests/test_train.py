@@ -172,7 +172,7 @@ def _weights(run: Path) -> bytes:
     return (run / "latest" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_a_run_saves_and_ends_well(train, capsys, monkeypatch, number):
     step = loop.Run._step
 

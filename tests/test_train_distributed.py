@@ -24,14 +24,20 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(
-    file: str, recipe: Path, run: Path, *words: str, processes: int = 2, program: tuple[str, ...] = ("-m", "zoo.train")
+    file: str,
+    recipe: Path,
+    run: Path,
+    *words: str,
+    processes: int = 2,
+    program: tuple[str, ...] = ("-m", "zoo.train"),
+    launcher: tuple[str, ...] = ("accelerate.commands.launch",),
 ) -> subprocess.Popen:
     """Start the processes of a run, which note their output in `<run>.txt`."""
-    starter = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / file)]
+    options = ["--config_file", str(LAUNCH / file), "--num_processes", str(processes)]
     words = [*program, str(recipe), f"train.output={run}", *words]
     with run.with_suffix(".txt").open("a") as file:
         return subprocess.Popen(
-            [*starter, "--num_processes", str(processes), *words],
+            [sys.executable, "-m", *launcher, *options, *words],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=ENVIRONMENT,
@@ -174,6 +180,17 @@ def test_how_a_run_is_started_changes_nothing(tmp_path):
     finish(launch("gpu.yaml", recipe, run, "train.tokens=640", processes=1), run)
     assert curve(run) == curve(plain)
     assert (run / "latest/model.safetensors").read_bytes() == (plain / "latest/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_launcher_asked_to_stop_ends_well(tmp_path, number):
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    words = ["train.tokens=1e6", "train.save_every=10000"]
+    started = launch("cpu.yaml", recipe, run, *words, launcher=("zoo.cli", "launch"))
+    wait_for_step(run, 3, started)
+    started.send_signal(number)
+    assert "stopped after step" in finish(started, run)
+    assert checkpoints(run) == [f"step-{len(curve(run)):08d}"]
 
 
 @pytest.mark.parametrize("file", ["cpu.yaml", ZERO3])

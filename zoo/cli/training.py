@@ -1,6 +1,7 @@
-"""`zoo train`."""
+"""`zoo train` and `zoo launch`."""
 
 import argparse
+import sys
 
 from transformers.utils import logging
 
@@ -17,6 +18,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--devices", type=int, default=1, help="with --dry-run: how many of them")
     command.set_defaults(run=train)
 
+    about = "accelerate launch, with its arguments; asked to stop, it ends as the run does, with 0"
+    # No prefix is an option's: all words are for `accelerate launch`.
+    command = commands.add_parser("launch", help=about, prefix_chars="\0", add_help=False)
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
+    command.set_defaults(run=launch)
+
 
 def train(arguments: argparse.Namespace) -> None:
     with extra("train", "training"):
@@ -30,3 +37,10 @@ def train(arguments: argparse.Namespace) -> None:
             print(line)
     else:
         loop.run(settings)
+
+
+def launch(arguments: argparse.Namespace) -> None:
+    with extra("train", "training"):
+        from zoo.train.launch import launch  # noqa: PLC0415 (an extra)
+    if status := launch(arguments.arguments):
+        sys.exit(status)

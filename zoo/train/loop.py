@@ -43,7 +43,7 @@ from zoo.train.validation import Score, generate_sample, unigram_baseline, valid
 def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Score]:
     """Train as a recipe says, from the newest whole checkpoint in its output if there is one.
 
-    SIGTERM and SIGINT (Ctrl-C) end it after the step they come in, with a checkpoint.
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it after the step they come in, with a checkpoint.
 
     Args:
         config: the recipe.

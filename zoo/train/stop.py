@@ -1,8 +1,8 @@
-"""Asked to stop, by a person (Ctrl-C) or by a scheduler (SIGTERM), a run ends its step and saves."""
+"""Asked to stop, by a person (Ctrl-C), a scheduler (SIGTERM) or a hang-up (SIGHUP), a run ends its step and saves."""
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT instead of dying of them; another one, some seconds later, interrupts at once."""
+    """Note the signals instead of dying of them; another one, some seconds later, interrupts at once."""
     stop, first = StopRequest(), 0.0
 
     def note(number: int, frame: Any) -> None:
@@ -27,9 +27,19 @@ def stop_requests() -> Iterator[StopRequest]:
         if not stop.requested:
             stop.requested, first = True, time.monotonic()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handling_stops(note):
         yield stop
+
+
+@contextmanager
+def handling_stops(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call a handler for the signals that ask to stop. A lost terminal that `nohup` lets one ignore stays ignored."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)

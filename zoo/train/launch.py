@@ -1,0 +1,38 @@
+"""`accelerate launch` that may be asked to stop: it is not told itself, the processes that it started are.
+
+torch's launcher passes SIGTERM and SIGINT on to its workers, which save and end well, and then ends with an error, as
+if the run had failed. Here workers get the signal alone, so their status is the launcher's.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+from zoo.train.stop import handling_stops
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Run `accelerate launch`; SIGTERM, SIGINT and SIGHUP go to the processes that train.
+
+    Args:
+        arguments: of `accelerate launch`.
+
+    Returns:
+        Its exit status: 0 where all processes ended well, finished or stopped.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    launcher = subprocess.Popen(command, start_new_session=True)  # out of reach of the terminal's Ctrl-C
+
+    def pass_on(number: int, frame: Any) -> None:
+        try:
+            process = psutil.Process(launcher.pid)
+            for receiver in process.children() or [process]:  # before it has any there is nothing to save
+                receiver.send_signal(number)
+        except psutil.NoSuchProcess:  # it ended by itself
+            pass
+
+    with handling_stops(pass_on):
+        return launcher.wait()

@@ -57,6 +57,17 @@ def test_any_strides(calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("is_by_column", [True, False])
+def test_a_large_factor_by_column(is_by_column, calls):
+    """The gradient of a head's weight for one: oneDNN multiplies the other way round."""
+    x = torch.randn(400, 300).t()
+    weight = torch.randn(400, 60).t() if is_by_column else torch.randn(60, 400)
+    y = linear_layers.linear(x, weight)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, x @ weight.t(), rtol=1e-5, atol=1e-4)
+    assert len(calls) == 1
+
+
 def test_second_derivatives(calls):
     x, weight = draw(ROWS, WIDTH), draw(OUT, WIDTH)
 

@@ -62,7 +62,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+        return _multiply(_dense(x), _dense(weight), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,6 +71,18 @@ class _Linear(torch.autograd.Function):
         grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = linear(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by oneDNN, which copies an x that lies column by column: the other way round where that copies less.
+
+    Such are the gradients of weights, x those of the outputs; of a head with a large vocabulary it is half of the time.
+    """
+    if bias is None and x.dim() == 2 and not x.is_contiguous():
+        copied = len(x) * len(weight) + (0 if weight.is_contiguous() else weight.numel())
+        if copied < x.numel():
+            return torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "").t().contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _dense(x: Tensor) -> Tensor:

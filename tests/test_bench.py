@@ -135,6 +135,13 @@ def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     assert message in err[-1]
 
 
+@pytest.mark.parametrize("kind", ["ops", "length"])
+def test_the_form_of_the_ops_is_the_zoos_choice(kind, monkeypatch, capsys):
+    monkeypatch.setenv("ZOO_KERNELS", "chunked")
+    assert main(["bench", kind]) == 1
+    assert "ZOO_KERNELS asks for one form of every op" in capsys.readouterr().err
+
+
 def test_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "ops", "linear_scan", "--device", "cuda"]) == 1

@@ -84,5 +84,6 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert set(re.findall(r"^    (\w+)", out, flags=re.MULTILINE)) == {
-        *("list", "show", "train", "generate", "eval", "import", "export", "publish", "plots", "selftest", "bench")
+        *("list", "show", "generate", "train", "launch", "eval", "plots"),
+        *("import", "export", "publish", "selftest", "bench"),
     }

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import zoo
 from zoo.hub.card import Facts, make_card
 from zoo.hub.publication import prepare
+from zoo.train.config import load_config, to_yaml
 
 MODELS = ("retnet-tiny", "mamba-tiny", "transformer-tiny")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 300}
@@ -346,6 +348,33 @@ def test_dry_run_tells_what_publishing_does(hub, publisher, tokenizer, tmp_path)
     for name, content in published.items():
         assert re.search(rf"^{re.escape(name)} +{len(content):,}$", out, flags=re.MULTILINE)
     assert out.endswith("left out: notes.txt, results.json, trainer/\n")
+
+
+def test_places_of_the_disk_are_not_published(tokenizer, tmp_path):
+    latest = save_run(tmp_path / "run", tokenizer)
+
+    def words(home: str) -> list[str]:
+        return [
+            *(f"train.output={home}runs/first", f"data.tokenizer={home}words", "train.sample_prompt=/usr/bin"),
+            *(f"data.sources.mine.files=[{home}texts/mine.jsonl,https://example.org/a.jsonl,near/b.jsonl]",),
+            *("data.sources.mine.dataset=json", f"data.sources.books.dataset={home}texts/books"),
+        ]
+
+    config = load_config("tiny/retnet", [*words(f"{tmp_path}/"), f"data.cache={tmp_path}/tokens"])
+    (latest / "recipe.yaml").write_text(to_yaml(config))
+    sources = json.loads(json.dumps({name: asdict(source) for name, source in config.data.sources.items()}))
+    change_json(latest / "training.json", data={"sources": sources})
+    configs = {"gsm8k": {"dataset_path": f"{tmp_path}/gsm8k"}}
+    change_json(latest / "results.json", configs=configs)
+    kept = {path: path.read_bytes() for path in latest.iterdir() if path.is_file()}
+    with prepare(latest, "user/run") as publication:
+        published = [str(publication.card).encode(), *(path.read_bytes() for path in publication.files.values())]
+        recipe = load_config(str(publication.files["recipe.yaml"]))
+    assert not any(str(tmp_path).encode() in content for content in published)
+    assert any(b"./mine.jsonl" in content for content in published[:1])
+    expected = [word.replace("./runs/", "./").replace("./texts/", "./") for word in words("./")]
+    assert recipe == load_config("tiny/retnet", expected)
+    assert all(path.read_bytes() == content for path, content in kept.items())
 
 
 def test_card_has_the_facts(tokenizer, tmp_path):

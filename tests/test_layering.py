@@ -10,9 +10,9 @@ from zoo.layout import shelf
 
 PACKAGE = Path(__file__).parents[1] / "zoo"
 
-# A module may import the zoo's modules named here (a name stands for everything below it). `errors`, `files`, `layout`
-# and `processes` know nothing of the zoo, so everyone may use them.
-BASE = {"zoo.errors", "zoo.files", "zoo.layout", "zoo.processes", "zoo.provenance"}
+# A module may import the zoo's modules named here (a name stands for everything below it). Those of BASE know nothing
+# of models, so everyone may use them.
+BASE = {"zoo.errors", "zoo.files", "zoo.layout", "zoo.processes", "zoo.provenance", "zoo.tables"}
 CONTRACT = BASE | {"zoo.cache", "zoo.config", "zoo.mixer", "zoo.ops"}
 SPINE = CONTRACT | {"zoo.nn", "zoo.moe", "zoo.modeling", "zoo.heads", "zoo.registry"}
 PUBLIC = SPINE | {"zoo", "zoo.segments", "zoo.checkpoint", "zoo.convert", "zoo.inspection", "zoo.evaluate", "zoo.tasks"}
@@ -22,6 +22,7 @@ ALLOWED = {
     "zoo.layout": set(),
     "zoo.processes": set(),
     "zoo.provenance": {"zoo.layout"},
+    "zoo.tables": {"zoo.files"},
     "zoo.checkpoint": set(),
     "zoo.convert": SPINE | {"zoo.checkpoint"},
     "zoo.cache": BASE,
@@ -33,16 +34,16 @@ ALLOWED = {
     "zoo.moe": CONTRACT | {"zoo.nn"},
     "zoo.modeling": SPINE,
     "zoo.heads": SPINE,
-    "zoo.segments": SPINE,
+    "zoo.segments": SPINE | {"zoo.segments"},
     "zoo.inspection": SPINE,
     "zoo.tasks": BASE | {"zoo.tasks"},
-    "zoo.evaluate": PUBLIC | {"zoo.bench.results", "zoo.hub.scores"},
+    "zoo.evaluate": PUBLIC | {"zoo.hub.scores"},
     "zoo.train": PUBLIC | {"zoo.train", "zoo.cli"},
     "zoo.selftest": BASE | {"zoo.ops"},
     "zoo.bench": PUBLIC | {"zoo.bench", "zoo.train"},
     "zoo.hub": PUBLIC | {"zoo.hub"},
     "zoo.charts": set(),
-    "zoo.plots": PUBLIC | {"zoo.bench.results", "zoo.charts", "zoo.train.report"},
+    "zoo.plots": PUBLIC | {"zoo.charts", "zoo.train.report"},
     "zoo.cli": PUBLIC | {"zoo.cli", "zoo.bench", "zoo.hub", "zoo.plots", "zoo.selftest", "zoo.train"},
     "zoo.plugins": BASE,
     "zoo": PUBLIC,

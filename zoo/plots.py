@@ -26,11 +26,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from zoo import charts
-from zoo.bench.results import read_csv, write_csv
 from zoo.checkpoint import read_json
 from zoo.errors import unknown_name
 from zoo.files import whole_file
 from zoo.layout import shelf
+from zoo.tables import update_table
 from zoo.train.report import read_log
 
 RUN_COLUMNS = ("run", "data", "split", "step", "tokens", "loss", "parameters", "commit", "seed", "device", "date")
@@ -187,8 +187,7 @@ def add_runs(runs: Sequence[Path], path: Path) -> None:
     names = {row["run"] for row in curves}
     if len(names) < len(runs):
         raise ValueError(f"{len(runs)} runs have {len(names)} names, {', '.join(sorted(names))}: rename their folders")
-    kept = [row for row in read_csv(path, RUN_COLUMNS) if row["run"] not in names]
-    write_csv([*kept, *curves], path, RUN_COLUMNS)
+    update_table(path, RUN_COLUMNS, ("run",), curves)
 
 
 def _curve(run: Path) -> Iterable[dict[str, Any]]:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from lm_eval.api.group import Group
-from lm_eval.api.task import ConfigurableTask
 
 from zoo.errors import unknown_name
+from zoo.tasks.harness import TaskGroup
 from zoo.train.corpora import read_corpus
 
 
@@ -30,7 +29,7 @@ def load(corpus: str, text: str, characters: int, **others: Any) -> dict[str, Da
     return {"test": Dataset.from_dict({"text": pieces})}
 
 
-class ByPosition(Group):
+class ByPosition(TaskGroup):
     """A group of lm-eval tasks, one for each range of positions: what is there costs so much, given all before it.
 
     Of the metadata, `corpus` and `text` are those of `load`, and `ranges` are pairs of positions in characters, from
@@ -46,11 +45,8 @@ class ByPosition(Group):
         borders = [position for pair in ranges for position in pair]
         if borders[0] < 0 or any(start >= stop for start, stop in ranges) or borders != sorted(borders):
             raise ValueError(f"ranges of task {config['task']!r} must ascend from 0 and not overlap, got {ranges}")
-        super().__init__(config["task"], metadata=metadata)
-        shared = {name: value for name, value in config.items() if name != "class"}
-        for start, stop in ranges:
-            own = {**metadata, "start": start, "stop": stop, "characters": borders[-1]}
-            self.add(ConfigurableTask(config={**shared, "task": f"{self.name}_{start}", "metadata": own}))
+        tasks = {str(start): {"start": start, "stop": stop, "characters": borders[-1]} for start, stop in ranges}
+        super().__init__(config, metadata, tasks)
 
 
 def load_range(corpus: str, text: str, characters: int, start: int, stop: int, **others: Any) -> dict[str, Dataset]:

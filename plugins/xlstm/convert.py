@@ -7,16 +7,14 @@ by default.
 import math
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from zoo.plugins.xlstm.modeling import XLSTMConfig
 
-from zoo.checkpoint import Checkpoint
+from zoo.checkpoint import Checkpoint, read_yaml
 from zoo.config import NO_MIXER
 from zoo.convert import (
     SAME,
@@ -120,7 +118,8 @@ def _factor(size: int, width: int) -> float:
 
 def _read_large(checkpoint: Checkpoint) -> XLSTMConfig:
     """Of the package; in a folder of its own, `config.yaml` says what shapes do not."""
-    stated = _read_yaml(checkpoint.path / "config.yaml")
+    file = checkpoint.path / "config.yaml"
+    stated = read_yaml(file) if file.is_file() else {}
     variant = {name: stated.get(name, value) for name, value in (_ONLY | _VARIANT).items()}
     refuse_others(SimpleNamespace(**variant), **_ONLY)
     vocab_size, hidden_size = _sizes(checkpoint, "embedding.weight", 2)
@@ -136,16 +135,6 @@ def _read_large(checkpoint: Checkpoint) -> XLSTMConfig:
         **_inner_sizes(checkpoint),
         **{name: variant[name] for name in _VARIANT},
     )
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, wanted a table")
-    return content
 
 
 def _large_rules(config: XLSTMConfig, embedding: str, fused: bool) -> Iterator[Rule]:

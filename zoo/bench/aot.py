@@ -4,32 +4,33 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.bench.results import align, check_names, read_csv
+from zoo.bench.results import align
+from zoo.bench.runner import choose
 from zoo.ops import ahead_of_time
 from zoo.ops.ahead_of_time import Row
+from zoo.tables import read_table, update_table
 
 
-def bench_aot(ops: Sequence[str] = (), output: Path | None = None) -> None:
+def bench_aot(names: Sequence[str] = (), output: Path | None = None) -> None:
     """Compile the Triton kernels of ops, and print a summary an op and a GPU.
 
     Args:
-        ops: their names; all, where there is none.
-        output: a CSV file for the rows, a kernel each. They go there an op at a time; those of other ops stay in it.
+        names: of ops.
+        output: as of every bench (`zoo.bench.runner`); a row is a kernel.
 
     Raises:
         ValueError: on an op without Triton kernels.
         RuntimeError: under TRITON_INTERPRET=1, where Triton has no compiler.
     """
-    known = ahead_of_time.ops_with_triton()
-    check_names(ops, known)
-    before = [Row(**row) for row in read_csv(output, Row._fields)] if output else []
+    ops = choose(names, ahead_of_time.ops_with_triton(), "op")
+    if output:
+        read_table(output, Row._fields)  # a file of another kind is found now, not when there are rows
     rows: list[Row] = []
     try:
-        for op in sorted(set(ops)) or known:
+        for op in ops:
             rows += ahead_of_time.compile_all([op])
             if output:
-                compiled = {row.op for row in rows}
-                ahead_of_time.write_csv([*(row for row in before if row.op not in compiled), *rows], output)
+                update_table(output, Row._fields, ("op",), (row._asdict() for row in rows))
     finally:
         if rows:
             print(_summary(rows))

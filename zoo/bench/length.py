@@ -1,15 +1,17 @@
 """How speed depends on the length: reading a prompt of it, and decoding behind one: `zoo bench length`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import zoo
 from zoo.bench import cpu
-from zoo.bench.results import PROVENANCE, Row, RowFile, check_request, format_columns, provenance, short
+from zoo.bench.results import PROVENANCE, short
+from zoo.bench.runner import choose, run_cases
+from zoo.tables import Row
 
 COLUMNS = (
     *("model", "parameters", "pass", "length"),
@@ -27,31 +29,26 @@ _BUDGET = 2.0  # seconds that a length gets for its rounds
 
 
 def bench_length(names: Sequence[str] = (), repeats: int = 9, output: Path | None = None) -> None:
-    """Time models with random weights on one sequence of several lengths, on one thread of a CPU, and print a table.
+    """Time models with random weights on one sequence of several lengths, on one thread of a CPU.
 
     Args:
-        names: of `MODELS`; all, where there is none.
-        repeats: rounds at most.
-        output: a CSV file. Rows go there as they are finished; those of other models stay in it.
+        names: of `MODELS`.
+        repeats, output: as of every bench (`zoo.bench.runner`).
 
     Raises:
         ValueError: on an unknown name.
     """
-    check_request(names, MODELS, "model", repeats)
-    source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
-    file = RowFile(output, COLUMNS)
-    for name in (bar := tqdm(names or MODELS, unit="model", leave=False)):
-        model = zoo.create_model(f"{name}-tiny", **_SIZES).eval()
-        rows = []
-        for length in _LENGTHS:
-            bar.set_description(f"{name} {length}")
-            rows += _measure(name, model, length, repeats, source)
-        file.add(rows)
-    print(format_columns(file.rows, COLUMNS))
+    cases = [(name, partial(_measure, name)) for name in choose(names, MODELS, "model")]
+    run_cases(cases, COLUMNS, repeats, output)
+
+
+def _measure(name: str, repeats: int) -> list[Row]:
+    model = zoo.create_model(f"{name}-tiny", **_SIZES).eval()
+    return [row for length in _LENGTHS for row in _measure_at(name, model, length, repeats)]
 
 
 @torch.no_grad()
-def _measure(name: str, model: PreTrainedModel, length: int, repeats: int, source: Row) -> list[Row]:
+def _measure_at(name: str, model: PreTrainedModel, length: int, repeats: int) -> list[Row]:
     tokens = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
     def read():
@@ -77,7 +74,6 @@ def _measure(name: str, model: PreTrainedModel, length: int, repeats: int, sourc
                 "tokens_per_second": short(count / seconds),
                 "state_bytes": zoo.state_bytes(model.config, length),
                 "repeats": rounds,
-                **source,
             }
         )
     return rows

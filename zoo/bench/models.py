@@ -1,32 +1,21 @@
 """Whole models beside other code, in training and decoding: `zoo bench models`."""
 
 import importlib.util
-import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from zoo.bench import cpu
 from zoo.bench.pairs import DECODING, PAIRS, TRAINING, Models, Pair
-from zoo.bench.results import (
-    PROVENANCE,
-    Measurement,
-    Row,
-    RowFile,
-    align,
-    check_request,
-    describe_targets,
-    provenance,
-    short,
-    verdict,
-)
+from zoo.bench.results import PROVENANCE, Measurement, judge
+from zoo.bench.runner import choose, run_cases
 from zoo.heads import ZooForCausalLM
+from zoo.tables import Row
 
 COLUMNS = (
     *("model", "parameters", "pass", "contender", "milliseconds", "tokens_per_second"),
@@ -81,32 +70,19 @@ class Decoding:
 
 
 def bench_models(names: Sequence[str] = (), repeats: int = 9, output: Path | None = None) -> None:
-    """Time a training step and greedy decoding of the zoo's models and of others, and print a table.
+    """Time a training step and greedy decoding of the zoo's models and of others.
 
     Args:
-        names: of `PAIRS`; all, where there is none.
-        repeats: rounds at most.
-        output: a CSV file. Rows go there as they are finished; those of other models stay in it.
+        names: of `PAIRS`.
+        repeats, output: as of every bench (`zoo.bench.runner`).
 
     Raises:
         ValueError: on an unknown name, or if the two models of a pair compute something else.
     """
-    check_request(names, [pair.name for pair in PAIRS], "model", repeats)
-    if "ZOO_KERNELS" in os.environ:
-        raise ValueError("ZOO_KERNELS asks for one form of every op, the bench runs the fastest: unset it")
-    source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
-    file = RowFile(output, COLUMNS)
-    pairs = [pair for pair in PAIRS if (not names or pair.name in names) and _can_run(pair)]
-    try:
-        for pair in (bar := tqdm(pairs, unit="model", leave=False)):
-            bar.set_description(pair.name)
-            for which in pair.passes:
-                file.add(_measure(pair, which, repeats, source))
-    finally:
-        if file.rows:
-            print(_format(file.rows))
-    if wrong := Counter(row["model"] for row in file.rows if "milliseconds" not in row):
-        raise ValueError(f"{', '.join(wrong)}: no time where the two models differ too much")
+    chosen = choose(names, [pair.name for pair in PAIRS], "model")
+    pairs = [pair for pair in PAIRS if pair.name in chosen and _can_run(pair)]
+    cases = [(f"{pair.name} {which}", partial(_measure, pair, which)) for pair in pairs for which in pair.passes]
+    run_cases(cases, COLUMNS, repeats, output)
 
 
 def _can_run(pair: Pair) -> bool:
@@ -116,7 +92,7 @@ def _can_run(pair: Pair) -> bool:
     return False
 
 
-def _measure(pair: Pair, which: str, repeats: int, source: Row) -> list[Row]:
+def _measure(pair: Pair, which: str, repeats: int) -> list[Row]:
     torch.manual_seed(0)
     ours, others = pair.make(pair.config())
     tokens = torch.randint(1, ours.config.vocab_size, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
@@ -127,10 +103,10 @@ def _measure(pair: Pair, which: str, repeats: int, source: Row) -> list[Row]:
         trial(pair.other, others, pieces, pair.computes_the_same),
     ]
     measurements = cpu.measure(trials, repeats, peak_memory=which == TRAINING, budget=_BUDGET)
-    return _make_rows(pair, which, (ours, others), measurements, source)
+    return _make_rows(pair, which, (ours, others), measurements)
 
 
-def _make_rows(pair: Pair, which: str, models: Models, measurements: list[Measurement], source: Row) -> list[Row]:
+def _make_rows(pair: Pair, which: str, models: Models, measurements: list[Measurement]) -> list[Row]:
     seconds = [x.seconds for x in measurements]
     target = {TRAINING: pair.training, DECODING: pair.decoding}[which]
     rows = []
@@ -148,12 +124,9 @@ def _make_rows(pair: Pair, which: str, models: Models, measurements: list[Measur
                 "parameters": parameters,
                 "pass": which,
                 "contender": x.contender,
-                **{column: short(figure) for column, figure in figures.items() if figure is not None},
+                **judge(figures, own),
                 "difference": f"{x.difference:.0e}" if pair.computes_the_same else "",
-                "target": describe_targets(own),
-                "met": verdict(own, figures),
                 "repeats": x.repeats,
-                **source,
             }
         )
     return rows
@@ -169,8 +142,3 @@ def _figures(which: str, seconds: float, parameters: int, itemsize: int) -> dict
     seconds /= _NEW
     bandwidth = parameters * itemsize / seconds / peaks.bytes_per_second
     return {"milliseconds": 1e3 * seconds, "tokens_per_second": 1 / seconds, "of_read_bandwidth": bandwidth}
-
-
-def _format(rows: list[Row]) -> str:
-    shown = [c for c in COLUMNS[: COLUMNS.index("repeats")] if any(row.get(c) for row in rows)]
-    return align([shown, *([str(row.get(column, "")) for column in shown] for row in rows)])

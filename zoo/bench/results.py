@@ -1,25 +1,15 @@
-"""What comes out: rows, the targets they are held against, and the table they make.
+"""What comes out of a bench: rows, the targets they are held against, and the table they make.
 
 A ratio says how many times faster a row's contender is than the one in the column's name, at the same size and in the
 same pass; `loop` is the op's reference form, one step after the other in PyTorch, `chunked` its other one.
 """
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import transformers
-
 from zoo.bench.workload import BOTH, FORWARD, Workload
-from zoo.errors import unknown_name
-from zoo.files import whole_file
-from zoo.provenance import commit
-
-Row = dict[str, str | int]
+from zoo.tables import Row
 
 _RATIOS = {
     "ratio_to_transformers": "transformers",
@@ -39,7 +29,7 @@ COLUMNS = (
     *("target", "met", "repeats", *PROVENANCE),
 )
 
-# What an op has to reach on one thread of a CPU: at least, but for memory at most. By op, variant and pass.
+# What an op has to reach on one thread of a CPU, by op, variant and pass.
 TARGETS = {
     ("linear_scan", "", FORWARD): {"ratio_to_transformers": 8, "of_ceiling": 0.5},
     ("linear_scan", "", BOTH): {"ratio_to_loop": 5},
@@ -62,6 +52,7 @@ TARGETS = {
     ("memory_gd", "", FORWARD): {"ratio_to_loop": 12},
     ("memory_gd", "", BOTH): {"ratio_to_loop": 12},
 }
+_AT_MOST = ("peak_megabytes", "loader")  # the targets of these columns; those of others are at least
 
 
 @dataclass
@@ -86,63 +77,12 @@ class Peaks(NamedTuple):
         return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
 
 
-class RowFile:
-    """Rows by their first column, in a CSV file too: those of a name take the place of what the file had of it.
-
-    Args:
-        path: the file; None: there is none.
-        columns: of it.
-    """
-
-    def __init__(self, path: Path | None, columns: Sequence[str]):
-        self.rows: list[Row] = []
-        self._path, self._columns = path, columns
-        self._before = read_csv(path, columns) if path else []
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Take in rows that are finished."""
-        self.rows += rows
-        if self._path:
-            key = self._columns[0]
-            measured = {row[key] for row in self.rows}
-            kept = (row for row in self._before if row[key] not in measured)
-            write_csv([*kept, *self.rows], self._path, self._columns)
-
-
-def check_request(names: Sequence[str], known: Sequence[str], kind: str, repeats: int) -> None:
-    """Raise ValueError on a name that there is nothing for, or less than one round."""
-    check_names(names, known, kind)
-    if repeats < 1:
-        raise ValueError(f"--repeats must be 1 or more, got {repeats}")
-
-
-def check_names(names: Sequence[str], known: Sequence[str], kind: str = "op") -> None:
-    """Raise ValueError on a name that there is nothing for."""
-    for name in names:
-        if name not in known:
-            raise unknown_name(kind, name, known)
-
-
-def provenance(device_name: str, threads: int, allocator: str) -> Row:
-    """Where, when and with what the rows came to be."""
-    return {
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": device_name,
-        "threads": threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "allocator": allocator,
-    }
-
-
 def make_rows(
     workload: Workload,
     which: str,
     measurements: list[Measurement],
     least_seconds: float,
     targets: dict[str, float],
-    provenance: Row,
 ) -> list[Row]:
     """The rows of a workload in a pass. The first measurement is the op's own: the targets are for that."""
     seconds = {x.contender: x.seconds for x in measurements if x.seconds is not None}
@@ -158,58 +98,50 @@ def make_rows(
             for column, other in _RATIOS.items():
                 if other in seconds and other != x.contender:
                     figures[column] = seconds[other] / x.seconds
-        own = targets if x is measurements[0] else {}
         rows.append(
             {
                 "op": workload.op,
                 "size": workload.size,
                 "pass": which,
                 "contender": x.contender,
-                **{column: short(figure) for column, figure in figures.items() if figure is not None},
+                **judge(figures, targets if x is measurements[0] else {}),
                 "difference": f"{x.difference:.0e}",
-                "target": describe_targets(own),
-                "met": verdict(own, figures),
                 "repeats": x.repeats,
-                **provenance,
             }
         )
     return rows
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of a file, none where there is no file.
+def judge(figures: dict[str, float | None], targets: dict[str, float]) -> Row:
+    """The figures that are known, in three digits; the targets; and whether they are met.
 
-    Raises:
-        ValueError: if it is another kind of file.
+    That is `yes`, `no`, or `unknown` where a figure is missing; nothing without targets.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise ValueError(f"{path} has other columns than are written to it: remove it, or name another file")
-        return list(reader)
+    return {
+        **{column: short(figure) for column, figure in figures.items() if figure is not None},
+        "target": ", ".join(
+            f"{column} {'<=' if column in _AT_MOST else '>='} {bound:g}" for column, bound in targets.items()
+        ),
+        "met": _verdict(figures, targets),
+    }
 
 
-def write_csv(rows: Iterable[Row], path: Path, columns: Sequence[str] = COLUMNS) -> None:
-    """Write rows by their first column, in the order of measurement, under a header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row[columns[0]]))
+def _verdict(figures: dict[str, float | None], targets: dict[str, float]) -> str:
+    if not targets:
+        return ""
+    if any(figures.get(column) is None for column in targets):
+        return "unknown"
+    met = (
+        figures[column] <= bound if column in _AT_MOST else figures[column] >= bound
+        for column, bound in targets.items()
+    )
+    return "yes" if all(met) else "no"
 
 
-def format_columns(rows: list[Row], columns: Sequence[str]) -> str:
-    """The figures of rows for people, without what stands beside every row's."""
-    shown = columns[: columns.index("repeats")]
-    return align([list(shown), *([str(row[column]) for column in shown] for row in rows)])
-
-
-def format_table(rows: list[Row]) -> str:
-    """Rows for people: what stands beside every row's figures, and columns without any, are left out."""
-    shown = [column for column in COLUMNS[: COLUMNS.index("difference")] if any(row.get(column) for row in rows)]
-    return align([[*shown, "met"], *([str(row.get(column, "")) for column in [*shown, "met"]] for row in rows)])
+def format_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Rows for people; columns without any figure are left out."""
+    shown = [column for column in columns if any(row.get(column) for row in rows)]
+    return align([shown, *([str(row.get(column, "")) for column in shown] for row in rows)])
 
 
 def align(lines: list[list[str]]) -> str:
@@ -222,23 +154,3 @@ def align(lines: list[list[str]]) -> str:
 def short(x: float) -> str:
     """Three digits, never an exponent for a large number."""
     return f"{x:.0f}" if x >= 1000 else f"{x:.3g}"
-
-
-def describe_targets(targets: dict[str, float]) -> str:
-    return ", ".join(f"{column} {'<=' if _is_most(column) else '>='} {bound:g}" for column, bound in targets.items())
-
-
-def verdict(targets: dict[str, float], figures: dict[str, float | None]) -> str:
-    """`yes`, `no`, or `unknown` where a figure is missing; nothing without targets."""
-    if not targets:
-        return ""
-    if any(figures.get(column) is None for column in targets):
-        return "unknown"
-    met = (
-        figures[column] <= bound if _is_most(column) else figures[column] >= bound for column, bound in targets.items()
-    )
-    return "yes" if all(met) else "no"
-
-
-def _is_most(column: str) -> bool:
-    return column in ("peak_megabytes", "loader")

@@ -2,28 +2,20 @@
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from tqdm import tqdm
 
 import zoo
 from zoo.bench import cpu
-from zoo.bench.results import (
-    PROVENANCE,
-    Row,
-    RowFile,
-    check_request,
-    describe_targets,
-    format_columns,
-    provenance,
-    short,
-    verdict,
-)
+from zoo.bench.results import PROVENANCE, judge
+from zoo.bench.runner import choose, run_cases
 from zoo.evaluate.lm import ZooLM
+from zoo.tables import Row
 from zoo.train.tokenizer import train_words
 
 COLUMNS = (
@@ -57,23 +49,18 @@ class Scoring:
 
 
 def bench_eval(names: Sequence[str] = (), repeats: int = 9, output: Path | None = None) -> None:
-    """Time models with random weights on one thread of a CPU, and print a table.
+    """Time models with random weights on one thread of a CPU.
 
     Args:
-        names: of `MODELS`; all, where there is none.
-        repeats: rounds at most.
-        output: a CSV file. Rows go there as they are finished; those of other models stay in it.
+        names: of `MODELS`.
+        repeats, output: as of every bench (`zoo.bench.runner`).
 
     Raises:
         ValueError: on an unknown name, or if the two do not agree.
     """
-    check_request(names, MODELS, "model", repeats)
-    source = provenance(cpu.device_name(), threads=1, allocator=cpu.allocator())
-    file = RowFile(output, COLUMNS)
-    for name in (bar := tqdm(names or MODELS, unit="model", leave=False)):
-        bar.set_description(name)
-        file.add([row | source for size in _BATCH_SIZES for row in _measure(name, size, repeats)])
-    print(format_columns(file.rows, COLUMNS))
+    chosen = choose(names, MODELS, "model")
+    cases = [(f"{name}, batch {size}", partial(_measure, name, size)) for name in chosen for size in _BATCH_SIZES]
+    run_cases(cases, COLUMNS, repeats, output)
 
 
 def _measure(name: str, batch_size: int, repeats: int) -> list[Row]:
@@ -87,24 +74,25 @@ def _measure(name: str, batch_size: int, repeats: int) -> list[Row]:
         for contender in (ZooLM, HFLM)
     ]
     ours, theirs = cpu.measure(trials, repeats, peak_memory=True, budget=_BUDGET)
-    if theirs.seconds is None:
-        raise ValueError(f"{name}: scores differ by {theirs.difference:.0e} from those of HFLM")
-    ratio = theirs.seconds / ours.seconds
-    compared = {"ratio": short(ratio), "target": describe_targets(_TARGET), "met": verdict(_TARGET, {"ratio": ratio})}
-    return [
-        {
-            "model": name,
-            "parameters": model.num_parameters(),
-            "batch_size": batch_size,
-            "contender": measured.contender,
-            "milliseconds": short(1e3 * measured.seconds / _DOCUMENTS),
-            "peak_megabytes": "" if measured.peak_megabytes is None else short(measured.peak_megabytes),
-            "difference": f"{measured.difference:.0e}",
-            "repeats": measured.repeats,
-            **(compared if measured is ours else dict.fromkeys(compared, "")),
-        }
-        for measured in (ours, theirs)
-    ]
+    rows = []
+    for measured in (ours, theirs):
+        figures = {"peak_megabytes": measured.peak_megabytes}
+        if measured.seconds is not None:
+            figures["milliseconds"] = 1e3 * measured.seconds / _DOCUMENTS
+        if measured is ours and theirs.seconds is not None:
+            figures["ratio"] = theirs.seconds / ours.seconds
+        rows.append(
+            {
+                "model": name,
+                "parameters": model.num_parameters(),
+                "batch_size": batch_size,
+                "contender": measured.contender,
+                **judge(figures, _TARGET if measured is ours else {}),
+                "difference": f"{measured.difference:.0e}",
+                "repeats": measured.repeats,
+            }
+        )
+    return rows
 
 
 def _requests(words: Sequence[str]) -> list[Instance]:

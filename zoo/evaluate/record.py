@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from zoo.bench.results import Row, read_csv, write_csv
 from zoo.checkpoint import read_json
 from zoo.hub.scores import scores_of
 from zoo.inspection import state_bytes, state_grows
 from zoo.processes import connect_processes
 from zoo.provenance import commit, device_name
+from zoo.tables import Row, read_table, update_table
 
 _KEY = ("model", "task", "setting", "metric", "seed")
 COLUMNS = (
@@ -31,7 +31,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: if it is another kind of file.
     """
-    return read_csv(path, COLUMNS)
+    return read_table(path, COLUMNS)
 
 
 def add_rows(results: dict[str, Any], checkpoint: str, path: Path) -> None:
@@ -45,13 +45,7 @@ def add_rows(results: dict[str, Any], checkpoint: str, path: Path) -> None:
     Raises:
         ValueError: if it is another kind of file.
     """
-    rows = _make_rows(results, checkpoint)
-    new = {_key(row) for row in rows}
-    write_csv([*(row for row in read_rows(path) if _key(row) not in new), *rows], path, COLUMNS)
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row[column]) for column in _KEY)
+    update_table(path, COLUMNS, _KEY, _make_rows(results, checkpoint))
 
 
 def _make_rows(results: dict[str, Any], checkpoint: str) -> list[Row]:

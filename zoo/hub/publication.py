@@ -18,13 +18,15 @@ from zoo.checkpoint import Checkpoint, read_json, weight_files
 from zoo.convert import save_exported
 from zoo.errors import unknown_name
 from zoo.hub.card import Facts, make_card
+from zoo.hub.places import write_without_places
 from zoo.hub.scores import read_scores
 
 FORMATS = ("zoo", "transformers")
 
 _MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _TOKENIZER = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
-_OF_ANY_FORMAT = ("generation_config.json", "chat_template.*", "recipe.yaml", "training.json")
+_OF_RUN = ("recipe.yaml", "training.json")
+_OF_ANY_FORMAT = ("generation_config.json", "chat_template.*", *_OF_RUN)
 _OF_FOLDER = (*_MODEL, *_TOKENIZER, *_OF_ANY_FORMAT)
 
 
@@ -75,7 +77,8 @@ def prepare(
 
     Args:
         checkpoint: a folder of `save_pretrained`, with `recipe.yaml` and `training.json` if it was trained by the zoo.
-            Pictures beside the log of its run (`log.jsonl` in the folder above) go with it.
+            Pictures beside the log of its run (`log.jsonl` in the folder above) go with it. Paths in both files are
+            cut down to their last names.
         repo_id: the repository, as `user/name`.
         format: `"zoo"`, or `"transformers"` for files that stock transformers loads.
         license: of the weights, by its identifier on the Hub.
@@ -93,11 +96,11 @@ def prepare(
     validate_repo_id(repo_id)
     folder = Path(checkpoint).expanduser().resolve()  # the `latest` of a run is a link
     model = _model_of(folder)
-    training = read_json(folder / "training.json") if (folder / "training.json").is_file() else {}
     if results is None and (folder / "results.json").is_file():
         results = folder / "results.json"
     with TemporaryDirectory() as scratch:
         files = _files_of(folder) if format == "zoo" else _exported(folder, Path(scratch) / "exported")
+        files |= {name: write_without_places(path, Path(scratch)) for name, path in files.items() if name in _OF_RUN}
         files |= _pictures(folder.parent)
         facts = Facts(
             repo_id=repo_id,
@@ -105,7 +108,7 @@ def prepare(
             format=format,
             license=license,
             files=list(files),
-            training=training,
+            training=read_json(files["training.json"]) if "training.json" in files else {},
             scores=[] if results is None else read_scores(Path(results)),
         )
         yield Publication(

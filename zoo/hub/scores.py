@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult
 
 from zoo.checkpoint import read_json
+from zoo.hub.places import is_place
 
 
 class Score(NamedTuple):
@@ -64,6 +65,7 @@ def _of_task(content: dict[str, Any], task: str, metrics: dict[str, Any]) -> lis
     config = content.get("configs", {}).get(task, {})
     samples = content.get("n-samples", {}).get(task, {})
     builder = config.get("dataset_path")
+    is_local = builder in (None, "", "json") or is_place(builder)  # "json" reads local files
     scores = []
     for key, value in metrics.items():
         name, comma, filtered = key.partition(",")
@@ -79,7 +81,7 @@ def _of_task(content: dict[str, Any], task: str, metrics: dict[str, Any]) -> lis
                 shots=content.get("n-shot", {}).get(task),
                 samples=samples.get("effective"),
                 of_samples=samples.get("original"),
-                dataset=task if builder in (None, "", "json") else builder,  # "json" reads local files
+                dataset=task if is_local else builder,
                 dataset_config=config.get("dataset_name"),
                 split=config.get("test_split") or config.get("validation_split"),
             )

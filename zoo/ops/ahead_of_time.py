@@ -6,7 +6,6 @@ spills, shared memory, tensor-core instructions. The rows go to `evals/results/k
 up on which GPUs an op had better run its PyTorch form.
 """
 
-import csv
 import importlib
 import re
 import subprocess
@@ -122,15 +121,6 @@ def list_kernels(op: str, target: str) -> set[Row]:
         RuntimeError: under TRITON_INTERPRET=1, where Triton has no compiler.
     """
     return {row for row, _ in _list_launches(op, target)}
-
-
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Write rows, in order, under a header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(sorted(rows))
 
 
 def _list_launches(op: str, target: str) -> Iterator[tuple[Row, Launch]]:

@@ -6,7 +6,7 @@ A task is a folder of the evals shelf, `evals/<name>/`, found by a scan. Its mod
 - `draw(rng, options) -> Example`: one example, all of its randomness from `rng`;
 - `vocabulary(options) -> list[str]`: every word that may occur, for a word-level tokenizer;
 
-and `<name>.yaml` makes an lm-eval task of it (`zoo.tasks.documents`).
+and `<name>.yaml` makes an lm-eval task of it (`zoo.tasks.harness`).
 """
 
 import dataclasses

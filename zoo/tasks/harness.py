@@ -1,4 +1,7 @@
-"""The synthetic tasks as tasks of lm-eval: `class: !function zoo.tasks.harness.GeneratedTasks` in `evals/*/*.yaml`."""
+"""Groups of lm-eval tasks, each of them described by one YAML of the evals shelf.
+
+That of a synthetic task says `class: !function zoo.tasks.harness.GeneratedTasks`.
+"""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -11,7 +14,34 @@ from lm_eval.api.task import ConfigurableTask
 from zoo.tasks import load_task
 
 
-class GeneratedTasks(Group):
+class TaskGroup(Group):
+    """A group of lm-eval tasks that one YAML describes, and that differ in their metadata.
+
+    Args:
+        config: what the YAML says.
+        metadata: those that all tasks have.
+        tasks: those of each task alone, by what its name has behind that of the group.
+    """
+
+    task_class = ConfigurableTask
+
+    def __init__(self, config: Mapping[str, Any], metadata: dict[str, Any], tasks: Mapping[str, Mapping[str, Any]]):
+        super().__init__(config["task"], metadata=metadata)
+        shared = {name: value for name, value in config.items() if name != "class"}
+        for label, own in tasks.items():
+            name = f"{self.name}_{label}"
+            self.add(self.task_class(config={**shared, "task": name, "metadata": {**metadata, **own}}))
+
+
+class GeneratedTask(ConfigurableTask):
+    """A setting of a synthetic task."""
+
+    def download(self, *args: Any, **kwargs: Any) -> None:
+        """Generate the documents."""
+        self.dataset = {"test": _documents(**self.config.metadata)}
+
+
+class GeneratedTasks(TaskGroup):
     """A group of lm-eval tasks, one for each setting, whose documents are generated as the `metadata` say.
 
     The metadata are those of the YAML, over which lm-eval lays its user's `--metadata` (and `--model_args`):
@@ -31,6 +61,8 @@ class GeneratedTasks(Group):
             both in `settings` and beside it.
     """
 
+    task_class = GeneratedTask
+
     def __init__(self, config: Mapping[str, Any]):
         metadata = {"settings": [{}], **config["metadata"]}
         settings = metadata.pop("settings")
@@ -38,24 +70,15 @@ class GeneratedTasks(Group):
             raise ValueError(f"`settings` is a list of options, as [{{length: 1024}}], not {settings!r}")
         known = vars(load_task(metadata["task"]).options()).keys()
         common = {name: metadata.pop(name) for name in known if name in metadata}
-        super().__init__(config["task"], metadata=metadata)
-        shared = {name: value for name, value in config.items() if name != "class"}
+        tasks = {}
         for setting in settings:
-            name = "_".join([self.name, *(map(_label, setting.items()) if setting else ["defaults"])])
-            if name in self:
-                raise ValueError(f"`settings` of task {self.name!r} has {dict(setting)} twice")
+            label = "_".join(map(_label, setting.items())) if setting else "defaults"
+            if label in tasks:
+                raise ValueError(f"`settings` of task {config['task']!r} has {dict(setting)} twice")
             if both := common.keys() & setting.keys():
-                raise ValueError(f"{min(both)} of task {self.name!r} stands both in `settings` and beside it")
-            own = {**metadata, "options": {**common, **setting}}
-            self.add(_GeneratedTask(config={**shared, "task": name, "metadata": own}))
-
-
-class _GeneratedTask(ConfigurableTask):
-    """One setting of a task."""
-
-    def download(self, *args: Any, **kwargs: Any) -> None:
-        """Generate the documents."""
-        self.dataset = {"test": _documents(**self.config.metadata)}
+                raise ValueError(f"{min(both)} of task {config['task']!r} stands both in `settings` and beside it")
+            tasks[label] = {"options": {**common, **setting}}
+        super().__init__(config, metadata, tasks)
 
 
 def _documents(task: str, options: Mapping[str, Any], examples: int = 100, seed: int = 0, **others: Any) -> Dataset:

@@ -154,6 +154,16 @@ def test_a_damaged_library_is_built_anew(tmp_path):
     assert "backend='native'" in finish(start(XDG_CACHE_HOME=str(tmp_path)))
 
 
+def test_a_library_is_of_its_headers_too(tmp_path):
+    source, header = tmp_path / "native.cpp", tmp_path / "native_walk.h"
+    source.write_text('#include "native_walk.h"')
+    keys = set()
+    for text in ("one", "another"):
+        header.write_text(text)
+        keys.add(native._key(source, native._compiler()))
+    assert len(keys) == 2
+
+
 @pytest.mark.parametrize(
     "trouble", ["no compiler", "a broken compiler", "a compiler that hangs up", "a read-only home"]
 )

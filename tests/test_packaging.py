@@ -41,7 +41,7 @@ def test_wheel(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zoo"}
     assert not [name for name in names if "tests/" in name or name.endswith((".pyc", ".so"))]
-    kernels = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("zoo/ops/**/native.*")}
+    kernels = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("zoo/ops/**/native*.*")}
     assert kernels
     assert kernels <= set(names)
     pip("install", "--quiet", "--no-deps", "--target", tmp_path, wheel)

@@ -49,8 +49,8 @@ TARGETS = {
     ("cell_scan", "lstm", BOTH): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
     ("cell_scan", "gru", FORWARD): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
     ("cell_scan", "gru", BOTH): {"ratio_to_loop": 4, "ratio_to_chunked": 4},
-    ("memory_gd", "", FORWARD): {"ratio_to_loop": 12},
-    ("memory_gd", "", BOTH): {"ratio_to_loop": 12},
+    ("memory_gd", "", FORWARD): {"ratio_to_loop": 12, "ratio_to_chunked": 3},
+    ("memory_gd", "", BOTH): {"ratio_to_loop": 12, "ratio_to_chunked": 3},
 }
 _AT_MOST = ("peak_megabytes", "loader")  # the targets of these columns; those of others are at least
 

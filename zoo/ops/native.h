@@ -154,10 +154,52 @@ class Scratch {
   T* data_;
 };
 
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Hands out the parts of a worker's memory; without any, it counts how much there should be.
+template <typename T>
+struct Arena {
+  T* memory;
+  int64_t used = 0;
+
+  T* take(int64_t count) {
+    T* part = memory ? memory + used : nullptr;
+    used += round_up(count, 64 / sizeof(T));
+    return part;
+  }
+};
+
 // Ask for memory that is read soon, where the processor cannot guess it: a head's tokens lie far apart.
 template <typename T>
 inline void prefetch(const T* at, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(at + i);
+}
+
+// ---- rows of numbers ------------------------------------------------------------------------------------------------
+
+template <typename T>
+inline T dot(int64_t n, const T* __restrict__ x, const T* __restrict__ y) {
+  using V = Vector<T>;
+  V sums{};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) sums += *(const V*)(x + i) * *(const V*)(y + i);
+  T sum = sum_lanes<T>(sums);
+  for (; i < n; i++) sum += x[i] * y[i];
+  return sum;
+}
+
+// out += scale x
+template <typename T>
+inline void add_scaled(int64_t n, T scale, const T* __restrict__ x, T* __restrict__ out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] += scale * x[i];
+}
+
+// out = x y
+template <typename T>
+inline void multiply_row(int64_t n, const T* x, const T* y, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * y[i];
 }
 
 // ---- matrices, row by row, with the distance between rows ------------------------------------------------------------

@@ -1,10 +1,10 @@
 """The C++ kernels: built on first use, kept in a cache, called with plain pointers.
 
-Each op's `native.cpp` includes `native.h` and exports C functions, one for each precision (`name_f32`, `name_f64`). It
-is compiled without PyTorch's headers, which takes seconds, for the CPU at hand, and kept under the cache folder
-(`XDG_CACHE_HOME` or `~/.cache`, in `sequence-zoo/native`) by source, flags, compiler and CPU. It is linked without
-OpenMP's library: its symbols are then PyTorch's own, and both share one pool of threads. As for any C++ build, `CXX` in
-the environment names another compiler and `CXXFLAGS` adds flags.
+Each op's `native.cpp` includes `native.h`, headers beside it where it is long, and exports C functions, one for each
+precision (`name_f32`, `name_f64`). It is compiled without PyTorch's headers, which takes seconds, for the CPU at hand,
+and kept under the cache folder (`XDG_CACHE_HOME` or `~/.cache`, in `sequence-zoo/native`) by sources, flags, compiler
+and CPU. It is linked without OpenMP's library: its symbols are then PyTorch's own, and both share one pool of threads.
+As for any C++ build, `CXX` in the environment names another compiler and `CXXFLAGS` adds flags.
 """
 
 import ctypes
@@ -128,7 +128,8 @@ def _cache_folder() -> Path:
 
 def _key(source: Path, compiler: list[str]) -> str:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    parts = [source.read_text(), (_HERE / "native.h").read_text(), *compiler[1:], *_flags(), version, _cpu()]
+    sources = [source, _HERE / "native.h", *sorted(source.parent.glob("*.h"))]
+    parts = [*(path.read_text() for path in sources), *compiler[1:], *_flags(), version, _cpu()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

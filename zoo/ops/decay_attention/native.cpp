@@ -22,8 +22,6 @@ using namespace zoo;
 constexpr int64_t kBlock = 16;  // rows and columns of a triangle that are computed at once
 constexpr int64_t kStrip = 8;   // rows of a triangle that are multiplied at once
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 template <typename T>
 struct Inputs {
   int64_t b, t, h, d, e;
@@ -49,37 +47,6 @@ inline Vector<T> count_from(int64_t first) {
   return numbers;
 }
 
-// Hands out the parts of a worker's memory; without any, it counts how much there should be.
-template <typename T>
-struct Arena {
-  T* memory;
-  int64_t used = 0;
-
-  T* take(int64_t count) {
-    T* part = memory ? memory + used : nullptr;
-    used += round_up(count, 64 / sizeof(T));
-    return part;
-  }
-};
-
-template <typename T>
-inline T dot(int64_t n, const T* __restrict__ x, const T* __restrict__ y) {
-  using V = Vector<T>;
-  V sums{};
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) sums += *(const V*)(x + i) * *(const V*)(y + i);
-  T sum = sum_lanes<T>(sums);
-  for (; i < n; i++) sum += x[i] * y[i];
-  return sum;
-}
-
-// out += scale x
-template <typename T>
-inline void add_scaled(int64_t n, T scale, const T* __restrict__ x, T* __restrict__ out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) out[i] += scale * x[i];
-}
-
 template <typename T>
 inline void scale_row(int64_t n, T scale, const T* x, T* out) {
 #pragma omp simd
@@ -91,13 +58,6 @@ template <typename T>
 [[gnu::flatten]] inline void exponentials(int64_t n, const T* x, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) out[i] = exponential(x[i]);
-}
-
-// out = x y
-template <typename T>
-inline void multiply_row(int64_t n, const T* x, const T* y, T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] * y[i];
 }
 
 // Rows `first` and on of x (tokens x width, `step` apart) into rows of out, with zeros where there is none.

@@ -22,7 +22,7 @@ from zoo.ops.memory_gd.reference import memory_gd_reference
 from zoo.ops.op import Op, compute_dtype
 from zoo.ops.packing import check_mask, fill_padding, lay_out_chunks, segment_starts
 
-_WIDEST = {"triton": 16}  # slots of a chunk; a longer one takes several pieces, which share its anchor
+_WIDEST = {"native": 32, "triton": 16}  # slots of a chunk; a longer one takes several pieces, which share its anchor
 _WIDEST_ELSEWHERE = 64
 
 
@@ -116,7 +116,7 @@ OP = Op(
     reference=memory_gd_reference,
     chunked=memory_gd_chunked,
     states=("weights", "surprise", "anchor", "initial"),
-    kernels=("triton",),
+    kernels=("native", "triton"),
     compiled_whole=True,
 )
 
@@ -188,7 +188,8 @@ def memory_gd(
     if mask is not None:
         check_mask(mask, q)
     b, t = sizes["b"], sizes["t"]
-    width = min(t, chunk_size, _WIDEST.get(kernels, _WIDEST_ELSEWHERE))
+    pieces = -(-chunk_size // _WIDEST.get(kernels, _WIDEST_ELSEWHERE))
+    width = min(t, -(-chunk_size // pieces))
     layout = reset = None
     at_border = position is None
     if at_border:

@@ -60,6 +60,9 @@ def test_show(capsys):
         (["train", "tiny/retnet", "data.sequence_length=1"], "data.sequence_length must be from 2"),
         (["show", "transformer-tiny", "--length", "-5"], "a sequence has no -5 tokens"),
         (["train", "tiny/retnet", "data.sources.stdlib.corpus=stdlb"], "did you mean stdlib?"),
+        (["train", "tiny/retnet", "--device", "H100"], "--device goes with --dry-run"),
+        (["train", "tiny/retnet", "--print-config", "--devices", "8"], "--devices goes with --dry-run"),
+        (["train", "tiny/retnet", "--print-config", "--dry-run"], "not allowed with argument --print-config"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -22,6 +22,7 @@ from zoo.tasks import load_task
 from zoo.train import batches, checkpoint, data, distributed, loop, sources, store
 from zoo.train.config import TrainSection, load_config, to_yaml
 from zoo.train.optimizer import learning_rate_schedule, make_optimizers
+from zoo.train.report import RunLog
 from zoo.train.store import TokenStore
 from zoo.train.validation import Score
 
@@ -176,10 +177,10 @@ def _weights(run: Path) -> bytes:
 def test_asked_to_stop_a_run_saves_and_ends_well(train, capsys, monkeypatch, number):
     step = loop.Run._step
 
-    def asked(self, stop):
+    def asked(self):
         if self.progress.step == 8:
             os.kill(os.getpid(), number)
-        return step(self, stop)
+        return step(self)
 
     whole = train(into="whole")
     monkeypatch.setattr(loop.Run, "_step", asked)
@@ -188,6 +189,22 @@ def test_asked_to_stop_a_run_saves_and_ends_well(train, capsys, monkeypatch, num
     assert (run / "latest").resolve().name == "step-00000009"
     monkeypatch.setattr(loop.Run, "_step", step)
     assert curve(train()) == curve(whole)
+
+
+@pytest.mark.parametrize("moment", ["_validate", "_save", "_describe_validation"])
+def test_asked_to_stop_between_steps_a_run_takes_no_further_one(train, monkeypatch, moment):
+    call, save, saved = getattr(loop.Run, moment), loop.save_checkpoint, []
+
+    def asked(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, *args)
+
+    monkeypatch.setattr(loop.Run, moment, asked)
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: saved.append(1) or save(*args))
+    run = train("train.save_every=4")
+    assert len(curve(run)) == 4
+    assert checkpoints(run) == ["step-00000004"]
+    assert len(saved) == 1
 
 
 def test_a_step_without_finite_gradients_is_skipped_and_counted(train, monkeypatch, capsys):
@@ -246,6 +263,30 @@ def test_a_damaged_checkpoint_is_passed_over(train, capsys):
     assert "going on from step-00000014" in out
 
 
+def test_damage_to_any_file_is_named(train, monkeypatch):
+    """In the first and the last bytes, with the size as it was, and in JSON that is none of ours."""
+    monkeypatch.setattr(checkpoint, "_END", 64)
+    run = train("train.tokens=256", "train.save_every=1")
+    older, newest = (run / f"step-{step:08d}" for step in (1, 2))
+    damages = [
+        (path, damaged)
+        for path, text in ((path, path.read_bytes()) for path in newest.rglob("*") if path.is_file())
+        for damaged in (bytes(8) + text[8:], text[:-8] + bytes(8))
+    ]
+    for name in ("state.json", "digests.json"):
+        damages += [(newest / "trainer" / name, text) for text in (b"null", b"[]", b"{}")]
+    assert {"model.safetensors", "optimizer.pt", "random.pt", "config.json"} <= {path.name for path, _ in damages}
+    for path, damaged in damages:
+        said, text = [], path.read_bytes()
+        path.write_bytes(damaged)
+        assert checkpoint.find_checkpoint(run, said.append)[0] == older
+        assert len(said) == 1
+        assert str(path.relative_to(newest)) in said[0]
+        path.write_bytes(text)
+    folder, progress = checkpoint.find_checkpoint(run, pytest.fail)
+    assert (folder, progress.step) == (newest, 2)
+
+
 def test_damaged_checkpoints_never_push_out_a_whole_one(train):
     run = train("train.keep=3")
     for step in (14, 20):
@@ -271,14 +312,54 @@ def test_a_file_added_to_a_checkpoint_does_no_harm(train, capsys):
     assert "going on from step-00000002" in capsys.readouterr().out
 
 
+def test_a_tokenizer_as_encoders_have(train, tmp_path, tokenizer):
+    """One that cuts texts, fills them up and tells segments apart: none of it gets in the way of a run or its model."""
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    for file, facts in {
+        "tokenizer_config.json": {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
+        "tokenizer.json": {
+            "truncation": {"max_length": 8, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
+            "padding": {
+                "strategy": {"Fixed": 16},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "<|endoftext|>",
+            },
+        },
+    }.items():
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | facts))
+    words = [f"data.tokenizer={folder}", "train.sample_prompt=def"]
+    run = train(*words, "train.tokens=256")
+    assert len(curve(train(*words, "train.tokens=512"))) == 4
+    encoded = AutoTokenizer.from_pretrained(run / "latest")("def " * 20, return_tensors="pt")
+    assert encoded["input_ids"].shape[1] > 16
+    AutoModelForCausalLM.from_pretrained(run / "latest").generate(**encoded, max_new_tokens=1)
+
+
+def test_a_log_that_was_cut_off_is_gone_on_with_and_a_damaged_one_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    log = RunLog(path, step=2)
+    log.write(step=3, loss=1.0)
+    log.close()
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3]
+    for garbage in (b'{"step": 2, "lo', b"\0\xff", b"", b"[1]"):
+        damaged = b'{"step": 1}\n' + garbage + b'\n{"step": 3}\n'
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"log\.jsonl, line 2: .* is no line of a log"):
+            RunLog(path, step=3)
+        assert path.read_bytes() == damaged
+
+
 def test_choices_of_the_machine_are_kept_on_resume(train, monkeypatch):
     """They are not saved with a model."""
     train("model.overrides.kernels=reference", "train.tokens=256")
     kernels = []
     step = loop.Run._step
-    monkeypatch.setattr(
-        loop.Run, "_step", lambda self, stop: kernels.append(self.raw_model.config.kernels) or step(self, stop)
-    )
+    monkeypatch.setattr(loop.Run, "_step", lambda self: kernels.append(self.raw_model.config.kernels) or step(self))
     train("model.overrides.kernels=reference", "train.tokens=384")
     assert kernels == ["reference"]
 
@@ -361,6 +442,12 @@ def test_an_output_in_use_is_refused(recipe, tmp_path, capsys):
         (["train.carry_state=true", "data.isolate_documents=false"], "leave data.isolate_documents on"),
         (["data.micro_batch_size=9"], "data.micro_batch_size must be from 1 to 4, got 9"),
         (["train.tokens=many"], "train.tokens: Value 'many'"),
+        (["train.seed=-1"], "train.seed must be from 0 to 4294967295, got -1"),
+        ([f"train.seed={10**23}"], "train.seed must be from 0 to 4294967295"),
+        (["data.sources.code.weight=inf"], "data.sources.code.weight must be from 1e-18 to 1e+18, got inf"),
+        (["data.sources.code.weight=nan"], "data.sources.code.weight must be from 1e-18 to 1e+18, got nan"),
+        (["data.tokenizer=words", "data.vocab_size=0"], "data.vocab_size must be from 3 to 1000000000, got 0"),
+        (["data.tokenizer=words", "train.sample_prompt=' '"], "train.sample_prompt ' ' has no tokens"),
     ],
 )
 def test_a_run_that_cannot_start_is_one_line_and_leaves_nothing(train, tmp_path, capsys, words, message):
@@ -481,10 +568,10 @@ def test_a_carried_state_is_part_of_a_checkpoint(train, tmp_path, monkeypatch):
     whole = train(*words, into="whole")
     step = loop.Run._step
 
-    def asked(self, stop):
+    def asked(self):
         if self.progress.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, stop)
+        return step(self)
 
     monkeypatch.setattr(loop.Run, "_step", asked)
     assert len(curve(train(*words))) == 6

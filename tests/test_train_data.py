@@ -1,9 +1,11 @@
 """What a run reads: sources, tokenizers, stores of tokens on disk, rows and batches."""
 
+import gzip
 import json
 import os
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from filelock import FileLock
 from zoo.train import batches as batching
 from zoo.train import data, store, tokenizer
 from zoo.train.batches import Batches, Stream
-from zoo.train.config import SourceSection, load_config
+from zoo.train.config import SourceSection, TrainConfig, load_config
 from zoo.train.corpora import read_corpus
 from zoo.train.sources import open_source
 from zoo.train.store import IGNORED, BackgroundFiller, Encoded, EncodedPiece, TokenStore
@@ -277,26 +279,74 @@ def test_a_source_that_cannot_be_read_is_one_line(json_lines, changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_token_ids_are_read_as_they_are(json_lines, tmp_path, tokenizer):
-    folder = tmp_path / "tokenizer"
-    tokenizer.save_pretrained(folder)
-    found = prepare(tmp_path, f"data.sources.a.files=[{json_lines[0]}]", "data.sources.a.column=ids", tokenizer=folder)
+def cut(path: Path) -> Path:
+    """A copy that is compressed and not whole."""
+    copy = path.with_name("bad.jsonl.gz")
+    copy.write_bytes(gzip.compress(path.read_bytes())[:-200])
+    return copy
+
+
+def spoilt(path: Path) -> Path:
+    """A copy whose last line is no JSON."""
+    copy = path.with_name("bad.jsonl")
+    copy.write_text(path.read_text() + "garbage\n")
+    return copy
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.mark.parametrize(("copy", "reason"), [(cut, "Compressed file ended"), (spoilt, "JSON parse error")])
+def test_a_file_that_cannot_be_read_to_its_end_is_named(json_lines, tmp_path, tokenizer_folder, copy, reason):
+    """By the process that trains the tokenizer, and by the one that fills the store."""
+    files = f"data.sources.a.files=[{json_lines[0]}, {copy(json_lines[0])}]"
+    for named in ("bpe", tokenizer_folder):
+        with pytest.raises(ValueError, match=rf"^data\.sources\.a: cannot read '.*bad\.jsonl.*': {reason}") as error:
+            prepare(tmp_path, files, tokenizer=named)
+        assert "\n" not in str(error.value)
+
+
+def test_a_streamed_file_that_cannot_be_read_to_its_end_is_named(json_lines, tmp_path, tokenizer_folder, small_shards):
+    files = f"data.sources.a.files=[{json_lines[0]}, {cut(json_lines[0])}]"
+    settings = recipe(tmp_path, files, "data.sources.a.streaming=true", tokenizer=tokenizer_folder)
+    found = data.prepare_data(settings, say=lambda line: None)
+    with pytest.raises(ValueError, match=r"^data\.sources\.a: cannot read '.*bad\.jsonl\.gz': Compressed file ended"):
+        found.batches.batch(0)
+    found.close()
+
+
+def test_a_document_that_is_none_is_refused(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": [1, "b"]}\n')
+    with pytest.raises(ValueError, match=r"data\.sources\.a: a document is \[1, 'b'\], wanted text or token ids"):
+        prepare(tmp_path, f"data.sources.a.files=[{tmp_path / 'bad.jsonl'}]")
+
+
+def test_token_ids_are_read_as_they_are(json_lines, tmp_path, tokenizer_folder):
+    words = [f"data.sources.a.files=[{json_lines[0]}]", "data.sources.a.column=ids"]
+    found = prepare(tmp_path, *words, tokenizer=tokenizer_folder)
     ids, _, begins = found.batches.streams[0].store.read(0, 12)
     assert ids.tolist() == [0, 1, 2, 0, 0, 1, 2, 1, 0, 1, 2, 2]
     assert np.flatnonzero(begins).tolist() == [0, 4, 8]
     with pytest.raises(ValueError, match="holds token ids: name their tokenizer"):
-        prepare(tmp_path, f"data.sources.a.files=[{json_lines[0]}]", "data.sources.a.column=ids")
+        prepare(tmp_path, *words)
 
 
-def prepare(tmp_path, *words, **data_keys) -> data.TrainingData:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
+def recipe(tmp_path, *words, **data_keys) -> TrainConfig:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
         "model: {preset: retnet-tiny}\n"
         "data: {sources: {a: {dataset: json}}, vocab_size: 300, sequence_length: 8, batch_size: 2}\n"
         "train: {output: unused, tokens: 100}\n"
     )
     words = [*words, f"data.cache={tmp_path / 'cache'}", *(f"data.{key}={value}" for key, value in data_keys.items())]
-    found = data.prepare_data(load_config(str(recipe), words), say=lambda line: None, show_progress=False)
+    return load_config(str(file), words)
+
+
+def prepare(tmp_path, *words, **data_keys) -> data.TrainingData:
+    found = data.prepare_data(recipe(tmp_path, *words, **data_keys), say=lambda line: None, show_progress=False)
     found.close()
     return found
 

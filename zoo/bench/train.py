@@ -12,7 +12,6 @@ from zoo.tables import Row
 from zoo.train.config import list_recipes, load_config
 from zoo.train.distributed import make_accelerator
 from zoo.train.loop import Run
-from zoo.train.stop import StopRequest
 
 COLUMNS = (
     *("recipe", "parameters", "tokens_a_step", "milliseconds", "tokens_per_second"),
@@ -44,8 +43,7 @@ def _measure(name: str, repeats: int) -> list[Row]:
         config = load_config(f"tiny/{name}", [f"train.output={folder}", "train.trackers=[]"])
         output = Path(folder)
         run = Run(config, output, make_accelerator(output, config.train), say=lambda line: None)
-        stop = StopRequest()
-        seconds, rounds = cpu.median_time(lambda: run._step(stop), repeats, _BUDGET)
+        seconds, rounds = cpu.median_time(run._step, repeats, _BUDGET)
         loader, _ = cpu.median_time(lambda: run.data.batches.batch(run.progress.step), repeats, _BUDGET)
         run.data.close()
     plan = run.plan

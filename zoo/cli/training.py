@@ -12,10 +12,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("train", help="pretrain a model as a recipe says")
     command.add_argument("recipe", help="a YAML file, or one that comes with the zoo, as tiny/retnet.yaml")
     command.add_argument("assignments", nargs="*", metavar="key=value", help="what to change, as train.seed=1")
-    command.add_argument("--print-config", action="store_true", help="print the resolved recipe, and do nothing else")
-    command.add_argument("--dry-run", action="store_true", help="print what the run will take, and do nothing else")
-    command.add_argument("--device", help="with --dry-run: hours on another device than this machine's, as H100")
-    command.add_argument("--devices", type=int, default=1, help="with --dry-run: how many of them")
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--print-config", action="store_true", help="print the resolved recipe, and do nothing else")
+    instead.add_argument("--dry-run", action="store_true", help="print what the run will take, and do nothing else")
+    about = "with --dry-run: hours on another device than this machine's, as H100"
+    command.add_argument("--device", default=argparse.SUPPRESS, help=about)
+    command.add_argument("--devices", type=int, default=argparse.SUPPRESS, help="with --dry-run: how many of them")
     command.set_defaults(run=train)
 
     about = "accelerate launch, with its arguments; asked to stop, it ends as the run does, with 0"
@@ -26,6 +28,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    on = {name: value for name, value in vars(arguments).items() if name in ("device", "devices")}
+    if on and not arguments.dry_run:
+        raise ValueError(f"--{next(iter(on))} goes with --dry-run; a run takes the devices that its launcher gives it")
     with extra("train", "training"):
         from zoo.train import config, loop, plan  # noqa: PLC0415 (an extra)
     logging.disable_progress_bar()  # of saving and loading weights; the run has its own
@@ -33,7 +38,7 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(config.to_yaml(settings), end="")
     elif arguments.dry_run:
-        for line in plan.plan_run(settings, arguments.device, arguments.devices):
+        for line in plan.plan_run(settings, **on):
             print(line)
     else:
         loop.run(settings)

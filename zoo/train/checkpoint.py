@@ -3,10 +3,10 @@
     <output>/step-00000100/   config.json, model.safetensors, tokenizer: a model for `from_pretrained`
                               recipe.yaml    the resolved recipe
                               training.json  where the weights come from: steps, tokens, data, scores, versions
-                              trainer/       optimizer.pt, of each process rank-00000/, and state.json
+                              trainer/       optimizer.pt, of each process rank-00000/, state.json, digests.json
     <output>/latest           a link to the newest
 
-A folder is written under another name and renamed when it is whole; `trainer/state.json` has the size of every file.
+A folder is written under another name and renamed when it is whole; `trainer/digests.json` tells whether it still is.
 """
 
 import json
@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.cache import load_state, save_state
 from zoo.train.engine import Engine
+
+_STATE, _DIGESTS = "trainer/state.json", "trainer/digests.json"
+_END = 2**24  # bytes of a file that are read at either end
 
 
 @dataclass
@@ -86,8 +90,9 @@ def save_checkpoint(
             for name, text in texts.items():
                 (partial / name).write_text(text)
             torch.save(moments, partial / "trainer" / "optimizer.pt")
-            state = {**asdict(progress), "files": _sizes(partial)}
-            (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            (partial / _STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+            digests = {str(path.relative_to(partial)): _digest(path) for path in _files(partial)}
+            (partial / _DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
             _write_through(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
@@ -103,20 +108,18 @@ def save_checkpoint(
 def find_checkpoint(output: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
     """The newest whole checkpoint of a run, and how far it had come; None if there is none.
 
-    One that is damaged is passed over, and `say` gets a line about it.
+    One that is damaged is passed over, and `say` gets a line that names the file. Noticed is a file that is missing,
+    has another length, or differs in its first or last 16 MiB, where all is that a file of tensors has beside them.
+    Damage amid the tensors of a larger file is not: to read all of it would take as long as to load it.
 
     Raises:
         ValueError: if there are checkpoints, and all of them are damaged.
     """
     for folder in sorted(_checkpoints(output), reverse=True):
-        try:
-            state = json.loads((folder / "trainer" / "state.json").read_text())
-            found = _sizes(folder)
-            if all(found.get(name) == size for name, size in state.pop("files").items()):
-                return folder, Progress(**state)
-            say(f"{folder} is not whole: a file is missing or has another size")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            say(f"{folder} is not whole: {error}")
+        if damage := _find_damage(folder):
+            say(f"{folder} is not whole: {damage}")
+        else:
+            return folder, Progress(**json.loads((folder / _STATE).read_text()))
     if damaged := _checkpoints(output):
         raise ValueError(f"none of the {len(damaged)} checkpoints in {output} is whole: remove them to start anew")
     return None
@@ -173,18 +176,39 @@ def _prune(output: Path, step: int, keep: int, best_step: int | None) -> None:
 
 def _write_through(folder: Path) -> None:
     """Have the disk hold what was written, before anything older is removed."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """The size in bytes of every file but `trainer/state.json`."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    sizes.pop("trainer/state.json", None)
-    return sizes
+def _find_damage(folder: Path) -> str | None:
+    """Which file of a checkpoint is not as it was written; None: all seem to be."""
+    try:
+        digests = json.loads((folder / _DIGESTS).read_text())
+    except (OSError, ValueError):
+        digests = None
+    if not isinstance(digests, dict) or _STATE not in digests:
+        return f"{_DIGESTS} is missing or damaged"
+    for name, digest in digests.items():
+        try:
+            if _digest(folder / name) != digest:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _digest(path: Path) -> str:
+    """A hash of a file's length and of its two ends; of most files they are all there is."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_END)
+        file.seek(max(_END, size - _END))
+        return sha256(b"%d:" % size + head + file.read()).hexdigest()
 
 
 def _rank_folder(checkpoint: Path, rank: int) -> Path:

@@ -222,34 +222,36 @@ def _check_keys(values: Any, section: type, where: str, prefix: str = "") -> Non
 
 def _check_values(config: TrainConfig) -> None:
     data, train, below_one = config.data, config.train, math.nextafter(1, 0)
-    above_zero = math.nextafter(0, 1)
     ranges = {  # lowest and highest value allowed
-        "data.sequence_length": (data.sequence_length, 2, math.inf),
-        "data.batch_size": (data.batch_size, 1, math.inf),
+        "data.sequence_length": (data.sequence_length, 2, 1e9),
+        "data.batch_size": (data.batch_size, 1, 1e9),
         "data.micro_batch_size": (data.micro_batch_size, 1, data.batch_size),
         "train.tokens": (train.tokens, 1, 1e18),
         "train.save_every": (train.save_every, 1, math.inf),
         "train.evaluate_every": (train.evaluate_every, 1, math.inf),
         "train.evaluate_rows": (train.evaluate_rows, 1, math.inf),
         "train.keep": (train.keep, 1, math.inf),
+        "train.seed": (train.seed, 0, 2**32 - 1),
         "train.learning_rate": (train.learning_rate, 0, 1e3),
         "train.warmup_fraction": (train.warmup_fraction, 0, 1),
         "train.decay_fraction": (train.decay_fraction, 0, 1),
         "train.final_fraction": (train.final_fraction, 0, 1),
-        "train.weight_decay": (train.weight_decay, 0, math.inf),
-        "train.max_grad_norm": (train.max_grad_norm, above_zero, math.inf),
+        "train.weight_decay": (train.weight_decay, 0, 1e3),
+        "train.max_grad_norm": (train.max_grad_norm, 1e-18, math.inf),
         "train.epsilon": (train.epsilon, 0, 1),
-        "train.z_loss": (train.z_loss, 0, math.inf),
+        "train.z_loss": (train.z_loss, 0, 1e3),
         "train.max_skipped": (train.max_skipped, 1, math.inf),
         "train.beta1": (train.beta1, 0, below_one),
         "train.beta2": (train.beta2, 0, below_one),
     }
     if data.tokenizer == "bpe":
-        ranges["data.vocab_size"] = (data.vocab_size, 257, math.inf)  # the bytes and the end of text
+        ranges["data.vocab_size"] = (data.vocab_size, 257, 1e9)  # the bytes and the end of text
+    elif data.tokenizer == "words":
+        ranges["data.vocab_size"] = (data.vocab_size, 3, 1e9)  # a word, what stands for all others, the end of text
     for name, source in data.sources.items():
-        ranges[f"data.sources.{name}.weight"] = (source.weight, above_zero, math.inf)
-        ranges[f"data.sources.{name}.held_out"] = (source.held_out, 0, math.inf)
-        ranges[f"data.sources.{name}.limit"] = (source.limit, 1, math.inf)
+        ranges[f"data.sources.{name}.weight"] = (source.weight, 1e-18, 1e18)
+        ranges[f"data.sources.{name}.held_out"] = (source.held_out, 0, 1e18)
+        ranges[f"data.sources.{name}.limit"] = (source.limit, 1, 1e18)
         given = [kind for kind in ("corpus", "dataset", "task") if getattr(source, kind)]
         if len(given) != 1:
             raise ValueError(f"data.sources.{name} must set one of corpus, dataset and task, got {given or 'none'}")
@@ -257,7 +259,7 @@ def _check_values(config: TrainConfig) -> None:
             raise ValueError(f"data.sources.{name}: a corpus is not streamed, and brings its own held-out text")
     for name, (value, lowest, highest) in ranges.items():
         if value is not None and not lowest <= value <= highest:
-            raise ValueError(f"{name} must be from {lowest:g} to {highest:g}, got {value}")
+            raise ValueError(f"{name} must be from {lowest:.10g} to {highest:.10g}, got {value}")
     for name, known in CHOICES.items():
         section, key = name.split(".")
         value = getattr(getattr(config, section), key)

@@ -37,7 +37,7 @@ from zoo.train.plan import make_plan, memory_in_use, peak_of
 from zoo.train.report import ProgressBar, RunLog, describe_scores, plot_run
 from zoo.train.stop import StopRequest, stop_requests
 from zoo.train.store import IGNORED
-from zoo.train.validation import Score, generate_sample, unigram_baseline, validate
+from zoo.train.validation import Score, check_prompt, generate_sample, unigram_baseline, validate
 
 
 def run(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Score]:
@@ -87,6 +87,7 @@ class Run:
         self.data: TrainingData = prepare_data(config, tokenizer, self.say, show_progress=self.is_main)
         self.tokenizer: PreTrainedTokenizerBase = self.data.tokenizer
         self._check_data(folder)
+        check_prompt(config.train.sample_prompt, self.tokenizer)
         torch.manual_seed(config.train.seed)
         model = make_model(config, self.tokenizer, folder)
         self.say(f"{config.model.preset}: {model.num_parameters():,} parameters")
@@ -144,10 +145,9 @@ class Run:
         evaluate_every = settings.evaluate_every or settings.save_every
         try:
             with stop_requests() as stop:
-                is_stopped = False
-                while progress.step < plan.steps and not is_stopped:
+                while progress.step < plan.steps:
                     started = time.perf_counter()
-                    figures, is_stopped = self._step(stop)
+                    figures = self._step()
                     seconds = time.perf_counter() - started
                     progress.hours += seconds / 3600
                     speed = plan.tokens_per_step / seconds
@@ -162,12 +162,16 @@ class Run:
                         self._track(row)
                     bar.update(plan.tokens_per_step, figures["loss"], **self._shown(speed, mfu))
                     is_best = progress.best_step == progress.step
-                    if is_last or is_stopped or is_best or progress.step % settings.save_every == 0:
+                    is_saved = is_last or is_best or progress.step % settings.save_every == 0
+                    if is_saved:
                         self._save()
-                    if is_stopped:
-                        bar.say("asked to stop: saved")
-                    elif is_validated and not is_last:
+                    if is_validated and not is_last:
                         bar.say(self._describe_validation())
+                    if self._is_asked_to_stop(stop):  # last: validation, saving and sampling take their time
+                        if not is_saved:
+                            self._save()
+                        bar.say("asked to stop: saved")
+                        break
         finally:
             bar.close()
             if log is not None:
@@ -184,15 +188,14 @@ class Run:
         shown = {"tok/s": f"{speed:,.0f}", "mfu": f"{mfu:.0%}", "memory": f"{memory / 1e9:.1f}G"}
         return shown | {"skipped": str(self.progress.skipped)} if self.progress.skipped else shown
 
-    def _step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
-        """One update of the weights; gives the figures of the log, and whether some process was asked to stop."""
+    def _step(self) -> dict[str, float]:
+        """One update of the weights; gives the figures of the log."""
         settings, progress, accelerator = self.config.train, self.progress, self.accelerator
         factor = self.factor(progress.step)
         set_learning_rate(self.engine.optimizers, factor)
         batch = self.data.batches.batch(progress.step, accelerator.process_index, accelerator.num_processes)
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
-        count = (batch["shift_labels"] != IGNORED).sum().float()
-        count, stopped = accelerator.reduce(torch.stack([count, count.new_tensor(float(stop.requested))])).unbind()
+        count = accelerator.reduce((batch["shift_labels"] != IGNORED).sum().float())
         rows = self.config.data.micro_batch_size or len(batch["input_ids"])
         parts = list(zip(*(x.split(rows) for x in batch.values()), strict=True))
         total, auxiliary, carried = 0.0, {}, []
@@ -222,7 +225,7 @@ class Run:
             figures[name] = accelerator.reduce(value).item()
         if progress.skipped:
             figures["skipped"] = progress.skipped
-        return figures, bool(stopped)
+        return figures
 
     def _forward(self, part: dict[str, Tensor], cache: Cache | None, count: Tensor) -> Any:
         settings = self.config.train
@@ -255,6 +258,11 @@ class Run:
         return norm
 
     # -- between steps -------------------------------------------------------------------------------------------------
+
+    def _is_asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether some process was; all of them get the same answer."""
+        requests = torch.tensor(float(stop.requested), device=self.accelerator.device)
+        return self.accelerator.reduce(requests).item() > 0
 
     def _validate(self, rows: int | None) -> dict[str, dict[str, float]]:
         """Score the held-out texts, or some rows of each."""

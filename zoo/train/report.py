@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from itertools import accumulate, cycle
@@ -48,9 +49,23 @@ def _line(values: Mapping[str, Any]) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last one that a killed process left half written is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a log; a last one that a killed process or a full disk left half written is left out.
+
+    Raises:
+        ValueError: if another line is none of a log, as after damage to the disk; the file and the line are named.
+    """
+    *lines, _ = path.read_text(errors="replace").split("\n")
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or "step" not in row:
+        raise ValueError(f"{where}: {reprlib.repr(line)} is no line of a log; remove it")
+    return row
 
 
 class ProgressBar:

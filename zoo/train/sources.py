@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import reprlib
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,7 +41,8 @@ class Source:
     fingerprint: str
     """Changes when the documents do."""
     read: Callable[[Any], Iterator[Piece]]
-    """From the beginning for None, else from where the `resume` of a piece says."""
+    """From the beginning for None, else from where the `resume` of a piece says. Raises ValueError, which names the
+    source, where it cannot be read on."""
     held_out: Callable[[], dict[str, list[Document]]]
     """By the name of a validation set, documents that `read` never gives."""
     words: tuple[str, ...] = ()
@@ -145,11 +149,25 @@ def _fingerprints(files: Any) -> list[Any]:
 
 
 def _document(value: Any, source: str) -> Document:
-    if isinstance(value, list):
+    if isinstance(value, list) and all(type(i) is int for i in value):
         return np.asarray(value, dtype=np.int64)
     if not isinstance(value, str):
-        raise ValueError(f"data.sources.{source}: a document is {value!r}, wanted text or token ids")
+        raise ValueError(f"data.sources.{source}: a document is {reprlib.repr(value)}, wanted text or token ids")
     return value
+
+
+@contextmanager
+def _reading(source: str, dataset: str) -> Iterator[None]:
+    """Have what `datasets` raises name the source, and the file if it was in one."""
+    try:
+        yield
+    except Exception as error:  # formats, compressions and networks have errors of many types
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        # Builders read one file after the other in this method, and their errors do not say which.
+        files = [frame.f_locals.get("file") for frame in frames if frame.f_code.co_name == "_generate_tables"]
+        what = next(filter(None, files), dataset)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"data.sources.{source}: cannot read {what!r}: {reason}") from error
 
 
 _NOT_CONTENT = ("weight", "streaming", "files", "revision")
@@ -159,29 +177,27 @@ _NOT_CONTENT = ("weight", "streaming", "files", "revision")
 def _open_dataset(name: str, section: SourceSection) -> Source:
     import datasets  # noqa: PLC0415 (slow to import, and a corpus does not need it)
 
-    try:
+    def documents(rows: Any) -> list[Document]:
+        return [_document(value, name) for value in rows[section.column]]
+
+    first = None
+    with _reading(name, section.dataset), suppress(StopIteration):  # of files without a line
         builder = datasets.load_dataset_builder(
             section.dataset, section.config, data_files=list(section.files) or None, revision=section.revision
         )
         stream = builder.as_streaming_dataset(split=section.split)
         first = next(iter(stream), None)
-    except StopIteration:  # of files without a line
-        first = None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # what the library raises
-        reason = " ".join(str(error).split())
-        raise ValueError(f"data.sources.{name}: cannot read {section.dataset!r}: {reason}") from error
     if first is None:
         raise ValueError(f"data.sources.{name}: split {section.split!r} of {section.dataset!r} is empty")
     if section.column not in first:
         raise unknown_name(f"column of data.sources.{name}", section.column, first)
-    if not isinstance(first[section.column], (str, list)):
-        kind = type(first[section.column]).__name__
-        raise ValueError(f"data.sources.{name}: column {section.column!r} holds {kind}, wanted text or token ids")
+    documents({section.column: [first[section.column]]})  # an error in the first shall not wait
     files = {split: _fingerprints(found) for split, found in (builder.config.data_files or {}).items()}
     facts = {key: value for key, value in dataclasses.asdict(section).items() if key not in _NOT_CONTENT}
 
-    def documents(rows: Any) -> list[Document]:
-        return [_document(value, name) for value in rows[section.column]]
+    def batches(stream: Any) -> Iterator[dict[str, list[Any]]]:
+        with _reading(name, section.dataset):
+            yield from stream.iter(batch_size=_BATCH)
 
     def read(resume: dict[str, Any] | None) -> Iterator[Piece]:
         stream = builder.as_streaming_dataset(split=section.split).skip(section.held_out)
@@ -189,7 +205,7 @@ def _open_dataset(name: str, section: SourceSection) -> Source:
         if resume is not None:
             taken = resume["taken"]
             stream.load_state_dict(resume["stream"])
-        for rows in stream.iter(batch_size=_BATCH):
+        for rows in batches(stream):
             piece = documents(rows)
             if section.limit is not None:
                 piece = piece[: section.limit - taken]
@@ -201,7 +217,7 @@ def _open_dataset(name: str, section: SourceSection) -> Source:
     def held_out() -> dict[str, list[Document]]:
         if not section.held_out:
             return {}
-        stream = builder.as_streaming_dataset(split=section.split)
-        return {name: documents({section.column: [row[section.column] for row in stream.take(section.held_out)]})}
+        stream = builder.as_streaming_dataset(split=section.split).take(section.held_out)
+        return {name: [document for rows in batches(stream) for document in documents(rows)]}
 
     return Source(name, _fingerprint("dataset", facts, files), read, held_out)

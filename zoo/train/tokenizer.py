@@ -18,15 +18,21 @@ TRAINED_ON_THE_SPOT = ("bpe", "words")
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer of the Hub or of a folder, which must have an end-of-text token.
 
+    It gives what a zoo model takes, and neither cuts nor fills up texts, whatever its files ask for: a checkpoint of
+    the run holds the same tokenizer, whether it was called before or not.
+
     Raises:
         ValueError: if there is none of that name, or it has no such token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"])
     except (OSError, ValueError, KeyError) as error:  # the libraries' errors for a name, a folder, a file in it
         raise ValueError(f"data.tokenizer: cannot load {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"data.tokenizer: {name!r} has no end-of-text token to stand between documents")
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
     return tokenizer
 
 

@@ -92,6 +92,12 @@ def _bits_per_byte(store: TokenStore, nats: float) -> float | None:
     return None if store.has_targets else nats / math.log(2) * (store.tokens - 1) / store.text_bytes
 
 
+def check_prompt(prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if `train.sample_prompt` asks for samples, but has no tokens to begin with."""
+    if prompt and not tokenizer(prompt)["input_ids"]:
+        raise ValueError(f"train.sample_prompt {prompt!r} has no tokens: give a text that has, or null for no samples")
+
+
 @torch.no_grad()
 def generate_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """A continuation of a prompt; all processes of a run draw the same, and no numbers of the training's."""

@@ -93,6 +93,17 @@ def test_a_gpu_whose_kernels_did_not_compile_well(monkeypatch, tmp_path):
         dispatch.targets_listed_as_chunked.cache_clear()
 
 
+def test_a_gpu_that_is_not_here(monkeypatch):
+    """A dry run has the forms of the GPU that it is about, whatever is installed."""
+    monkeypatch.setattr(dispatch, "targets_listed_as_chunked", lambda: frozenset({("linear_scan", "sm_80")}))
+    with dispatch.planned_for("sm_90"):
+        assert choose("linear_scan", ALL, "cpu").backend == "triton"
+        assert choose("other", ("reference", "chunked"), "cpu").backend == "chunked"
+    with dispatch.planned_for("sm_80"):
+        assert "kernels_aot.csv lists linear_scan on sm_80" in choose("linear_scan", ALL, "cpu").reason
+    assert choose("linear_scan", ALL, "cpu").backend == "native"
+
+
 def test_the_choice_is_not_saved_with_a_model(tmp_path):
     zoo.create_model("retnet-tiny", kernels="require").save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).kernels == "auto"

@@ -21,7 +21,7 @@ from zoo.tasks import list_tasks
 from zoo.train import corpora
 from zoo.train.config import ModelSection, SourceSection, TrainConfig, list_recipes, load_config, to_yaml
 from zoo.train.loop import run
-from zoo.train.plan import ASSUMED_MFU, DEVICES, multiplied_parameters
+from zoo.train.plan import ASSUMED_MFU, DEVICES, multiplied_parameters, plan_run
 
 SIZES = {"130m": 130e6, "340m": 340e6, "1b3": 1.3e9}
 RECIPES = list_recipes()
@@ -85,6 +85,20 @@ def test_hours_are_those_of_the_plan(recipe):
     hours = operations / (8 * DEVICES["H100"].flops * ASSUMED_MFU) / 3600
     span = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     assert f"\n# Hardware: 8 H100, {span} (" in header_of(recipe)
+
+
+QUICK = ("130m/transformer.yaml", "340m/rwkv7.yaml", "1b3/mamba2.yaml")
+"""Recipes whose memory is quickly found; all of them take minutes."""
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[] if r in QUICK else pytest.mark.slow) for r in LARGE])
+def test_it_fits_in_the_memory_of_the_hardware_in_the_header(recipe):
+    count, device = re.search(r"\n# Hardware: (\d+) (\w+), ", header_of(recipe)).groups()
+    labels = [line.split("  ")[0] for line in plan_run(load_config(recipe), device, int(count))]
+    assert "memory" in labels
+    assert "DOES NOT FIT" not in labels
+    if "recipes/launch/fsdp2.yaml" not in header_of(recipe):
+        assert "NEEDS FSDP2" not in labels
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -28,6 +28,7 @@ from transformers import initialization as init
 from zoo.config import ZooConfig
 from zoo.mixer import AuxiliaryLoss, Mixer, Shared, Tokens
 from zoo.nn import GatedActivation, GatedMLP
+from zoo.ops.checks import has_values
 from zoo.ops.grouped_linear import choose_grouped_linear, grouped_linear
 from zoo.ops.linear import linear
 
@@ -122,8 +123,7 @@ class Experts(nn.Module):
 
 def _loops(x: Tensor) -> bool:
     """Whether the experts of such tokens run one after the other, for all to see."""
-    has_values = not (torch.compiler.is_compiling() or x.is_meta)
-    return has_values and choose_grouped_linear(x.device, x.dtype).backend == "loop"
+    return has_values(x) and choose_grouped_linear(x.device, x.dtype).backend == "loop"
 
 
 class MoE(Mixer):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 FLAGS = ("mask", "starts", "real", "refresh", "reset")
@@ -83,6 +84,11 @@ def is_plain_cpu_call(tensors: Iterable[Tensor | None], *dtypes: torch.dtype) ->
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are numbers to look at: no compiler asks, and the tensor is more than a shape."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def once_per_look(check: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,6 +71,23 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = before
 
 
+_planned: str | None = None
+
+
+@contextmanager
+def planned_for(target: str) -> Iterator[None]:
+    """Choose as on a GPU that need not be here, of an architecture as `gpu_target` names it, in all threads.
+
+    For tensors that have no numbers: forms that are chosen for it do not run.
+    """
+    global _planned
+    before, _planned = _planned, target
+    try:
+        yield
+    finally:
+        _planned = before
+
+
 def choose(
     op: str,
     forms: tuple[str, ...],
@@ -90,20 +107,23 @@ def choose(
     Raises:
         ValueError: if a form was asked for by name and cannot run, or `require` cannot be met. It says why.
     """
-    return _choose(op, tuple(forms), torch.device(device).type, str(dtype), requested(kernels))
+    where = torch.device(device).type if _planned is None else "cuda"
+    return _choose(op, tuple(forms), where, str(dtype), requested(kernels), _planned)
 
 
 @torch.compiler.assume_constant_result  # a compiled graph depends on the arguments only, and is told of each
-def _choose(op: str, forms: tuple[str, ...], device: str, dtype: str, requested: str) -> Choice:
-    return _choose_once(op, forms, device, dtype, requested)
+def _choose(op: str, forms: tuple[str, ...], device: str, dtype: str, requested: str, planned: str | None) -> Choice:
+    return _choose_once(op, forms, device, dtype, requested, planned)
 
 
 @functools.cache
-def _choose_once(op: str, forms: tuple[str, ...], device: str, dtype: str, requested: str) -> Choice:
+def _choose_once(
+    op: str, forms: tuple[str, ...], device: str, dtype: str, requested: str, planned: str | None
+) -> Choice:
     if requested in FORMS:
         if requested not in forms:
             raise ValueError(f"{op} has no {requested!r} backend; it has {', '.join(forms)}")
-        if obstacle := _obstacle(op, requested, device, dtype):
+        if obstacle := _obstacle(op, requested, device, dtype, planned):
             raise ValueError(f"{op} cannot run its {requested!r} backend: {obstacle}")
         return Choice(requested, "asked for by name")
     meant = KERNEL_FOR.get(device)
@@ -112,7 +132,7 @@ def _choose_once(op: str, forms: tuple[str, ...], device: str, dtype: str, reque
     elif meant not in forms:
         return Choice("chunked", f"the form of {op} for {device}: it has no {meant} one")
     else:
-        reason = _obstacle(op, meant, device, dtype)
+        reason = _obstacle(op, meant, device, dtype, planned)
         if reason is None:
             return Choice(meant, f"the kernel of {op} for {device}")
     if requested == "require":
@@ -120,17 +140,17 @@ def _choose_once(op: str, forms: tuple[str, ...], device: str, dtype: str, reque
     return Choice("chunked", reason)
 
 
-def _obstacle(op: str, form: str, device: str, dtype: str) -> str | None:
+def _obstacle(op: str, form: str, device: str, dtype: str, planned: str | None) -> str | None:
     """Why a form cannot run, or None."""
     if form == "native":
         return f"C++ runs on a CPU, not on {device}" if device != "cpu" else native.obstacle(op)
     if form == "triton":
-        return _obstacle_to_triton(op, device, dtype)
+        return _obstacle_to_triton(op, device, dtype, planned)
     return None
 
 
-def _obstacle_to_triton(op: str, device: str, dtype: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+def _obstacle_to_triton(op: str, device: str, dtype: str, planned: str | None) -> str | None:
+    if planned is None and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -139,7 +159,7 @@ def _obstacle_to_triton(op: str, device: str, dtype: str) -> str | None:
         return f"Triton does not run on {device}"
     if dtype in ("torch.float64", "torch.complex128"):
         return f"the Triton kernels compute in float32, not {dtype.removeprefix('torch.')}"
-    target = gpu_target()
+    target = planned or gpu_target()
     if (op, target) in targets_listed_as_chunked():
         return f"evals/results/kernels_aot.csv lists {op} on {target} as chunked"
     return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops.checks import has_values
 from zoo.ops.dispatch import Choice, requested
 from zoo.ops.linear import linear
 from zoo.ops.precision import autocast_dtype
@@ -48,7 +49,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         x, weight = x.to(dtype), weight.to(dtype)
     if choose_grouped_linear(x.device, x.dtype).backend == "grouped_mm" and _is_aligned(weight):
         return _multiply_at_once(x, weight, ends)
-    return _operator(x, weight, ends) if torch.compiler.is_compiling() or x.is_meta else _multiply_each(x, weight, ends)
+    return _multiply_each(x, weight, ends) if has_values(x) else _operator(x, weight, ends)
 
 
 def _is_aligned(weight: Tensor) -> bool:

@@ -14,5 +14,5 @@ loop.py          the run
 checkpoint.py    what it saves and goes on from; output.py, its folder; stop.py, how it is ended
 validation.py    how well it predicts held-out text
 report.py        log, progress bar, pictures
-plan.py          what a run will take, before it runs
+plan.py          what a run will take, before it runs; memory.py, the memory of a micro-batch
 """

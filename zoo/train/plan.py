@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zoo.errors import unknown_name
 from zoo.inspection import embedding_parameters
 from zoo.moe import Experts
+from zoo.ops.dispatch import gpu_target
 from zoo.ops.linear import linear
 from zoo.registry import create_model
 from zoo.train.config import TrainConfig
+from zoo.train.memory import measure_micro_batch, without_numbers
 from zoo.train.model import check_model
 from zoo.train.optimizer import muon_matrices
 from zoo.train.tokenizer import TRAINED_ON_THE_SPOT, count_entries, load_tokenizer
@@ -28,20 +29,25 @@ class Device(NamedTuple):
     """Operations a second."""
     memory: float
     """Bytes."""
+    target: str | None
+    """Architecture of a GPU, as `zoo.ops.dispatch.gpu_target` names it; None: a CPU."""
 
 
 DEVICES = {
-    "A100": Device(312e12, 80e9),
-    "H100": Device(989e12, 80e9),
-    "H200": Device(989e12, 141e9),
-    "B200": Device(2250e12, 192e9),
-    "L40S": Device(362e12, 48e9),
-    "RTX 4090": Device(165e12, 24e9),
-    "MI300X": Device(1307e12, 192e9),
+    "A100": Device(312e12, 80e9, "sm_80"),
+    "H100": Device(989e12, 80e9, "sm_90"),
+    "H200": Device(989e12, 141e9, "sm_90"),
+    "B200": Device(2250e12, 192e9, "sm_100"),
+    "L40S": Device(362e12, 48e9, "sm_89"),
+    "RTX 4090": Device(165e12, 24e9, "sm_89"),
+    "MI300X": Device(1307e12, 192e9, "gfx942"),
 }
 
 ASSUMED_MFU = 0.4
 """Part of a device's peak that a run is expected to reach."""
+
+USABLE_MEMORY = 0.94
+"""Part of a device's memory that a run can count on: libraries, what kernels work in, and gaps take the rest."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,12 @@ class Plan:
     """6 N, N the parameters that a token is multiplied with (Kaplan et al., 2020, arXiv:2001.08361, section 2.1)."""
     tokens_per_step: int
     steps: int
+    recomputes: bool
+    """Whether the forward pass runs a second time, in the backward pass."""
     state_memory: int
     """Bytes of weights, gradients and moments, in one process."""
-    activation_memory: int | None
-    """Bytes that the backward pass of one micro-batch keeps; None: the model cannot be run without its weights."""
+    bucket_memory: int
+    """Bytes of DDP's copies of the gradients; none in one process."""
 
     @property
     def tokens(self) -> int:
@@ -69,8 +77,11 @@ class Plan:
         return self.flops_per_token * self.tokens
 
     def hours(self, peak: float, devices: int = 1) -> float:
-        """Hours at `ASSUMED_MFU` of a peak in operations a second, on so many devices."""
-        return self.flops / (peak * ASSUMED_MFU * devices) / 3600
+        """Hours at `ASSUMED_MFU` of a peak in operations a second, on so many devices.
+
+        Of the 6 operations a parameter and token 2 are of the forward pass, and are done again where it runs twice.
+        """
+        return self.flops * (8 / 6 if self.recomputes else 1) / (peak * ASSUMED_MFU * devices) / 3600
 
 
 def plan_run(config: TrainConfig, device: str | None = None, devices: int = 1) -> list[str]:
@@ -95,11 +106,12 @@ def plan_run(config: TrainConfig, device: str | None = None, devices: int = 1) -
         overrides["vocab_size"] = (
             config.data.vocab_size if trained else count_entries(load_tokenizer(config.data.tokenizer))
         )
-    with torch.device("meta"):
+    with without_numbers():
         model = create_model(config.model.preset, **overrides)
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, peak = (device, DEVICES[device].flops) if device else peak_of(here)
-    return list(describe_plan(make_plan(config, model, devices), name, peak, devices))
+    name, found = (device, DEVICES[device]) if device else this_device()
+    plan = make_plan(config, model, devices)
+    lines = describe_plan(plan, name, found.flops, devices)
+    return [*lines, *describe_memory(config, model, plan, found, devices)]
 
 
 def make_plan(config: TrainConfig, model: PreTrainedModel, processes: int = 1) -> Plan:
@@ -107,7 +119,7 @@ def make_plan(config: TrainConfig, model: PreTrainedModel, processes: int = 1) -
 
     Args:
         config: the recipe.
-        model: of the run, on the meta device to have activations counted.
+        model: of the run, with or without its weights.
         processes: that the rows of a step are divided among.
     """
     data, settings = config.data, config.train
@@ -115,15 +127,15 @@ def make_plan(config: TrainConfig, model: PreTrainedModel, processes: int = 1) -
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     matrices = muon_matrices(model) if settings.optimizer == "muon" else []
     moments = 2 * trained - sum(p.numel() for p in matrices)
-    rows = data.micro_batch_size or data.batch_size // processes
     return Plan(
         parameters=model.num_parameters(),
         embedding_parameters=embedding_parameters(model),
         flops_per_token=6 * multiplied_parameters(model),
         tokens_per_step=tokens_per_step,
         steps=max(1, round(settings.tokens / tokens_per_step)),
-        state_memory=4 * (2 * trained + moments),
-        activation_memory=_activation_memory(model, rows, data.sequence_length, settings.gradient_checkpointing),
+        recomputes=settings.gradient_checkpointing,
+        state_memory=4 * (model.num_parameters() + trained + moments),
+        bucket_memory=4 * trained if processes > 1 else 0,
     )
 
 
@@ -145,16 +157,85 @@ def describe_plan(plan: Plan, name: str, peak: float, devices: int) -> Iterable[
     yield f"{'parameters':<16}{plan.parameters:,}, {plan.parameters - plan.embedding_parameters:,} not embedding"
     yield f"{'tokens':<16}{plan.tokens:,} in {plan.steps:,} steps of {plan.tokens_per_step:,}"
     yield f"{'operations':<16}{plan.flops:.2e}, {plan.flops_per_token:.2e} a token"
-    activations = "unknown activations"
-    if plan.activation_memory is not None:
-        activations = f"{plan.activation_memory / 1e9:.2f} GB activations of a micro-batch"
-    room = f", of {DEVICES[name].memory / 1e9:.0f} GB" if name in DEVICES else ""
-    state = f"{plan.state_memory / 1e9:.2f} GB weights, gradients and moments (shared out under FSDP2 and ZeRO-3)"
-    yield f"{'memory':<16}{state}, {activations}{room}"
     hours = plan.hours(peak, devices)
     on = f"{devices} x {name}" if devices > 1 else name
     length = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    yield f"{'time':<16}{length} on {on} at {ASSUMED_MFU:.0%} of {peak / 1e12:,.3g} TFLOP/s"
+    twice = ", each forward pass twice" if plan.recomputes else ""
+    yield f"{'time':<16}{length} on {on} at {ASSUMED_MFU:.0%} of {peak / 1e12:,.3g} TFLOP/s{twice}"
+
+
+def describe_memory(
+    config: TrainConfig, model: PreTrainedModel, plan: Plan, device: Device, devices: int
+) -> Iterable[str]:
+    """What each of so many devices has to hold, in lines for a person; where that is too much, what to change.
+
+    Args:
+        config: the recipe.
+        model: of it, made in a block of `without_numbers`.
+        plan: of the run.
+        device: the facts of one of the devices.
+        devices: how many there are.
+    """
+    data, settings = config.data, config.train
+    share = data.batch_size // devices
+    rows = min(data.micro_batch_size or share, share)
+    is_gpu = device.target is not None
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and is_gpu)
+    peak = measure_micro_batch(
+        *(model, rows, data.sequence_length),
+        packed=data.isolate_documents,
+        bf16=bf16,
+        checkpointing=settings.gradient_checkpointing,
+        gpu=device.target,
+    )
+    state = plan.state_memory + plan.bucket_memory
+    what = f"weights, gradients, {'buckets of DDP, ' if plan.bucket_memory else ''}moments"
+    passes = f"forward and backward pass of {rows} x {data.sequence_length:,} tokens"
+    if peak is None:
+        yield f"{'memory':<16}{_gigabytes(state)} GB {what}; {passes}: unknown, as numbers decide what runs"
+        return
+    whole, shared_out = state + peak.memory, plan.state_memory / devices + peak.memory
+    of = f"of {_gigabytes(device.memory)} GB"
+    yield f"{'memory':<16}{_gigabytes(whole)} {of}: {_gigabytes(state)} {what}; {_gigabytes(peak.memory)} {passes}"
+    if devices > 1:
+        yield f"{'':<16}{_gigabytes(shared_out)} {of} under FSDP2 or ZeRO-3, beside the layer that is gathered"
+    products = "products in bf16 (autocast)" if bf16 else "all in float32"
+    kernels = "Triton kernels, PyTorch's norms and gates" if is_gpu else "the kernels of this CPU"
+    documents = "several documents a row" if peak.is_packed else "one document a row"
+    if data.isolate_documents and not peak.is_packed:
+        documents += " (several may take more)"
+    yield f"{'':<16}assumed: {products}, {kernels}, {documents}, not compiled"
+    usable = USABLE_MEMORY * device.memory
+    if whole > usable:
+        needs_sharing = devices > 1 and shared_out <= usable
+        label = "NEEDS FSDP2" if needs_sharing else "DOES NOT FIT"
+        ways = ", or ".join(_ways_to_save(rows, settings.gradient_checkpointing, needs_sharing))
+        yield f"{label:<16}more than {_gigabytes(usable)} GB, all that a run can count on: {ways}"
+
+
+def _ways_to_save(rows: int, is_checkpointed: bool, is_sharing_enough: bool) -> Iterable[str]:
+    if is_sharing_enough:
+        yield "launch with recipes/launch/fsdp2.yaml"
+    if rows > 1:
+        yield f"lower data.micro_batch_size from {rows}"
+    if not is_checkpointed:
+        yield "set train.gradient_checkpointing=true"
+    if not is_sharing_enough:
+        yield "share weights and moments among more devices (recipes/launch/fsdp2.yaml)"
+
+
+def _gigabytes(size: float) -> str:
+    """Three digits of a size in bytes, as 38.9 or 0.153."""
+    return f"{size / 1e9:.3g}"
+
+
+def this_device() -> tuple[str, Device]:
+    """The name of the device that a run on this machine takes, and its facts."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, peak = peak_of(device)
+    if device.type == "cpu":
+        return name, Device(peak, psutil.virtual_memory().total, None)
+    return name, Device(peak, torch.cuda.get_device_properties(device).total_memory, gpu_target())
 
 
 def peak_of(device: torch.device) -> tuple[str, float]:
@@ -188,35 +269,3 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
-
-
-def _activation_memory(model: PreTrainedModel, rows: int, length: int, checkpointing: bool) -> int | None:
-    """Bytes of the tensors that a forward pass keeps for the backward pass, without the weights among them."""
-    if model.device.type != "meta":
-        return None
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    alive: list[Tensor] = []  # a storage that is freed would give its identity to another
-    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            _forward(model, ids, checkpointing)
-    except (RuntimeError, NotImplementedError):  # a value was asked for, and nothing has one here
-        return None
-    return rows * sum(kept.values())
-
-
-def _forward(model: nn.Module, ids: Tensor, checkpointing: bool) -> None:
-    model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Masks that are given need no look at values. The head's loss keeps a gradient, no activations.
-    model.base_model(input_ids=ids, attention_mask=dict.fromkeys(model.config.layer_types), use_cache=False)

@@ -107,6 +107,19 @@ def test_two_processes_carry_states_as_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["armt-tiny", "lm2-tiny"])
+def test_segments_of_sharded_layers_train_as_in_one_process(tmp_path, preset):
+    """Rows have five segments, and documents in each that end where they like."""
+    recipe = write_recipe(tmp_path, preset)
+    words = ["model.overrides.segment_length=7", "train.tokens=640", "data.micro_batch_size=1"]
+    words += ["train.gradient_checkpointing=true", "train.learning_rate=3e-4", "train.epsilon=1e-2"]
+    assert main(["train", str(recipe), f"train.output={tmp_path / 'one'}", *words]) == 0
+    finish(launch("fsdp2.yaml", recipe, tmp_path / "two", *words), tmp_path / "two")
+    assert_same_curve(tmp_path / "one", tmp_path / "two", 1e-5)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_use_muon_as_one(tmp_path):
     """Losses and norms. Weights differ: of what has hardly a gradient, rounding decides where Muon's step goes."""
     recipe, words = write_recipe(tmp_path), ["train.optimizer=muon", "train.tokens=640", "train.learning_rate=3e-4"]
@@ -191,6 +204,17 @@ def test_a_launcher_asked_to_stop_ends_well(tmp_path, number):
     started.send_signal(number)
     assert "stopped after step" in finish(started, run)
     assert checkpoints(run) == [f"step-{len(curve(run)):08d}"]
+
+
+def test_of_a_process_that_fails_its_error_is_read(tmp_path, capfd):
+    script = tmp_path / "fails.py"
+    script.write_text("import os, sys\nsys.exit('only here' if os.environ['RANK'] == '1' else 0)\n")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main(["launch", "--config_file", str(LAUNCH / "cpu.yaml"), str(script)])
+    error = capfd.readouterr().err
+    assert "only here\n" in error
+    assert "failed (exitcode: 1) local_rank: 1" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("file", ["cpu.yaml", ZERO3])

@@ -53,6 +53,15 @@ class AssociativeMemory(Mixer):
         self.v_proj = Linear(d, d, bias=False)
         self.beta_proj = Linear(d, 1)
 
+    @staticmethod
+    def memory_shapes(config: ZooConfig, layer_idx: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """A and z of a layer, as in `SegmentedStack.memory_shapes`."""
+        k, d = 2 * config.dpfp_nu * config.d_mem, config.hidden_size
+        parts = {"A": ((k, d), torch.float32), "z": ((k,), torch.float32)}
+        if not config.use_denominator:
+            del parts["z"]
+        return {f"memory.{layer_idx}.{name}": part for name, part in parts.items()}
+
     def read(self, x: Tensor, memory: State) -> Tensor:
         """What tokens x (b n d) find in the memory, (b n d)."""
         return self._recall(self._phi(self.q_proj(x), memory), memory).to(x.dtype)
@@ -114,11 +123,14 @@ class MemorySegment(OpenSegment):
     ):
         super().__init__(states, count, run)
         self.memory, self.latest, self.fresh, self.memory_tokens = memory, latest, fresh, memory_tokens
-        self.written: dict[int, State] = {}
 
 
 class MemoryLayer(nn.Module):
-    """A block with an associative memory: read before it by all tokens, written behind it by the memory tokens."""
+    """A block with an associative memory: read before it by all tokens, written behind it by the memory tokens.
+
+    What is written is left in `shared`, under the names of the state: where FSDP shards the layer, it makes the weights
+    whole for the backward of what `forward` returns, and of nothing else.
+    """
 
     def __init__(self, block: Block, memory: AssociativeMemory):
         super().__init__()
@@ -134,5 +146,6 @@ class MemoryLayer(nn.Module):
         x, shared = self.block(x, shared, tokens=tokens, past_key_values=segment)
         if (places := segment.memory_tokens) is not None:
             index = places[..., None].expand(-1, -1, x.shape[-1])
-            segment.written[layer] = self.memory.write(x.gather(1, index), segment.latest[layer])
+            written = self.memory.write(x.gather(1, index), segment.latest[layer])
+            shared = shared | dict(zip(self.memory.memory_shapes(self.memory.config, layer), written, strict=True))
         return x, shared

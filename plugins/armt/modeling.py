@@ -212,7 +212,8 @@ class ARMTModel(SegmentedModel):
         self.stack = STACKS[config.memory](config, self.backbone, keepers)
         self.rotary = None
         self.gradient_checkpointing = False
-        self._no_split_modules = ["MemoryLayer", *self.backbone._no_split_modules]
+        outside = {type(layer).__name__ for layer in self.backbone.layers}
+        self._no_split_modules = sorted(outside.union(self.backbone._no_split_modules))
         self.post_init()
 
     @property

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import is_torchdynamo_compiling
-from zoo.plugins.armt.memory import MemorySegment
+from zoo.plugins.armt.memory import AssociativeMemory, MemorySegment
 
 from zoo.cache import State
 from zoo.config import ZooConfig
@@ -63,7 +63,7 @@ class MemoryStack(SegmentedStack):
             tokens.rotary = backbone.rotary(x, tokens.positions)
         segment = self._open(x, memory, states, run, tokens, behind)
         y, shared = backbone.run_layers(x, tokens, segment)
-        written = memory if behind is None else self._written(y, behind, segment)
+        written = memory if behind is None else self._written(y, behind, shared)
         shared |= segment.recorded()
         if x.shape[1] > n:
             y, shared = reorder(y, place), {name: reorder(value, place) for name, value in shared.items()}
@@ -75,8 +75,8 @@ class MemoryStack(SegmentedStack):
         """What the layers are called with, for x (b n+m d) and the slots of the memory tokens to write (b m)."""
         raise NotImplementedError
 
-    def _written(self, y: Tensor, behind: Tensor, segment: OpenSegment) -> State:
-        """The memory after a run that gave y (b n+m d)."""
+    def _written(self, y: Tensor, behind: Tensor, shared: Shared) -> State:
+        """The memory after a run that gave y (b n+m d), and what the layers left; it is taken out of `shared`."""
         raise NotImplementedError
 
     def _memory_tokens(self, x: Tensor, memory: State) -> Tensor:
@@ -140,11 +140,8 @@ class ARMT(MemoryStack):
 
     @classmethod
     def memory_shapes(cls, config: ZooConfig) -> dict:
-        k, d = 2 * config.dpfp_nu * config.d_mem, config.hidden_size
-        parts = {"A": ((k, d), torch.float32), "z": ((k,), torch.float32)}
-        if not config.use_denominator:
-            del parts["z"]
-        return {f"memory.{i}.{name}": part for i in config.layers_with_memory for name, part in parts.items()}
+        layers = (AssociativeMemory.memory_shapes(config, layer) for layer in config.layers_with_memory)
+        return {name: shape for shapes in layers for name, shape in shapes.items()}
 
     def _open(
         self, x: Tensor, memory: State, states: list[State] | None, run: Run, tokens: Tokens, behind: Tensor | None
@@ -159,8 +156,8 @@ class ARMT(MemoryStack):
         parts = len(memory) // len(layers)
         return {layer: memory[i * parts : (i + 1) * parts] for i, layer in enumerate(layers)}
 
-    def _written(self, y: Tensor, behind: Tensor, segment: MemorySegment) -> State:
-        return tuple(part for layer in self.config.layers_with_memory for part in segment.written[layer])
+    def _written(self, y: Tensor, behind: Tensor, shared: Shared) -> State:
+        return tuple(shared.pop(name) for name in self.memory_shapes(self.config))
 
 
 class RMT(MemoryStack):
@@ -184,6 +181,6 @@ class RMT(MemoryStack):
     ) -> OpenSegment:
         return OpenSegment(states, len(self.keepers), run)
 
-    def _written(self, y: Tensor, behind: Tensor, segment: OpenSegment) -> State:
+    def _written(self, y: Tensor, behind: Tensor, shared: Shared) -> State:
         memory = self._backbone[0].norm(reorder(y, behind))
         return (memory.to(self.memory_tokens.dtype),)

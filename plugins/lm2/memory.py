@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import RecurrentMixer
 from zoo.nn import Linear
@@ -30,7 +29,7 @@ class SlotMemory(nn.Module):
         self.forget_gate = Linear(d, d)
 
     def project(self, bank: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The keys and values of the slots of a bank, each (b m d): they stay as they are for a segment."""
+        """The keys and values of the slots of a bank, each (b m d)."""
         bank = bank.to(dtype)
         return self.k_proj(bank), self.v_proj(bank)
 
@@ -55,22 +54,32 @@ class SlotMemory(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-class SegmentInput(RecurrentMixer):
-    """Keeps what a block sees of the open segment, for the write at its end: the newest tokens, from the right."""
+class KeptSegment(RecurrentMixer):
+    """What a block keeps of the open segment for its memory.
+
+    The newest tokens that it saw, from the right, for the write at the end; and the keys and values of the slots, which
+    stay as they are for a segment.
+    """
 
     @classmethod
     def state_shapes(cls, config: ZooConfig, layer_idx: int) -> dict:
-        return {"input": ((config.segment_length - 1, config.hidden_size), None)}
+        slots = (config.num_memory_slots, config.hidden_size)
+        return {
+            "input": ((config.segment_length - 1, config.hidden_size), None),
+            "slot_keys": (slots, None),
+            "slot_values": (slots, None),
+        }
 
-    def collect(self, x: Tensor, state: State | None, newest: Tensor | None) -> Tensor:
+    def collect(self, x: Tensor, past: Tensor | None, newest: Tensor | None) -> Tensor:
         """The newest `segment_length` tokens at the end of a run x (b n d): a whole segment, if the run closes it.
 
-        `newest` says where they stand behind those of the state, (b segment_length); None: at the end.
+        `past` are those before the run, (b segment_length-1 d); None: there are none. `newest` says where the tokens
+        stand behind them, (b segment_length); None: at the end.
         """
         length = self.config.segment_length
-        if state is None:
+        if past is None:
             if newest is None and x.shape[1] == length:
                 return x
-            state = self.initial_state(x)
-        x = torch.cat([*state, x], dim=1)
+            past = x.new_zeros(x.shape[0], length - 1, x.shape[2])
+        x = torch.cat([past, x], dim=1)
         return x[:, -length:] if newest is None else reorder(x, newest)

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import Cache
 from transformers import initialization as init
-from zoo.plugins.lm2.memory import SegmentInput, SlotMemory
+from zoo.plugins.lm2.memory import KeptSegment, SlotMemory
 
 from zoo.cache import RECURRENT, State
 from zoo.config import RotaryAttentionConfig
 from zoo.errors import unknown_name
 from zoo.heads import heads_of
-from zoo.mixer import RecurrentMixer, Shared, Tokens
+from zoo.mixer import RecurrentMixer, Shared, Tokens, choose_rows
 from zoo.modeling import Block
 from zoo.nn import Attention
 from zoo.segments import OpenSegment, Run, SegmentAttention, SegmentedModel, SegmentedStack
@@ -83,6 +82,22 @@ class LM2Config(RotaryAttentionConfig):
         return super().keepers()
 
 
+class BankSegment(OpenSegment):
+    """An open segment with what is the same for the memories of all blocks.
+
+    Args:
+        states, count, run: as of `OpenSegment`.
+        config: the model's configuration.
+    """
+
+    def __init__(self, states: list[State] | None, count: int, run: Run, config: LM2Config):
+        super().__init__(states, count, run)
+        self.run = run
+        self.newest = _newest_tokens(run, config.segment_length)
+        self.stale = _stale_slots(run, config.segment_length)
+        self.visible = _visible_slots(run, config.num_memory_slots)
+
+
 class LM2Block(Block):
     """A block of the Transformer baseline, with the memory beside its attention."""
 
@@ -90,28 +105,57 @@ class LM2Block(Block):
         super().__init__(config, layer_idx)
         self.mixer = SegmentAttention.taking_over(self.mixer, config.segment_length)
         self.memory = SlotMemory(config)
+        self.kept = KeptSegment(config, layer_idx)
 
     def forward(
-        self,
-        x: Tensor,
-        shared: Shared,
-        tokens: Tokens,
-        past_key_values: Cache | OpenSegment,
-        slots: tuple[Tensor, Tensor],
-        visible: Tensor | None = None,
+        self, x: Tensor, shared: Shared, tokens: Tokens, past_key_values: BankSegment, bank: Tensor, latest: Tensor
     ) -> tuple[Tensor, Shared, Tensor]:
-        """As `Block`, with the keys and values of the slots (b m d) and which of them tokens see (b n m).
+        """As `Block`, with the bank (b m d) to read, as it was at the end of the segment before.
+
+        Its weights are used here only, and what comes of them is returned or kept: so FSDP can shard a block.
+
+        Args:
+            latest: the bank (b m d) to write upon when the segment is full.
 
         Returns:
-            Besides, what attention and memory saw, (b n d): the tokens that the slots look at when the segment is full.
+            Besides, that bank, written in a run that closes rows.
         """
+        segment, run = past_key_values, past_key_values.run
+        kept = segment.layers[self.kept.cache_idx]
         seen = self.mixer_norm(x)
-        y, shared = self.mixer(seen, shared, tokens, past_key_values)
-        x = x + y + self.memory.read(seen, *slots, visible)
+        slots, after = self._slots(bank, kept.states, run, x.dtype)
+        if run.keeps or run.closes is not False:
+            inputs = self.kept.collect(seen, None if kept.states is None else kept.states[0], segment.newest)
+        if run.closes is not False:
+            latest = self.memory.write(latest, inputs)
+        if run.keeps:
+            inputs = inputs[:, 1:] if segment.stale is None else inputs[:, 1:].masked_fill(segment.stale, 0.0)
+            kept.write((inputs, *after), x.shape[1])
+        y, shared = self.mixer(seen, shared, tokens, segment)
+        x = x + y + self.memory.read(seen, *slots, segment.visible)
         if self.channel_mixer is None:
-            return x, shared, seen
-        y, shared = self.channel_mixer(self.channel_norm(x), shared, tokens, past_key_values)
-        return x + y, shared, seen
+            return x, shared, latest
+        y, shared = self.channel_mixer(self.channel_norm(x), shared, tokens, segment)
+        return x + y, shared, latest
+
+    def _slots(self, bank: Tensor, kept: State | None, run: Run, dtype: torch.dtype) -> tuple[State, State]:
+        """The keys and values of the slots that tokens find, (b m d) or (b 2m d) as in `_visible_slots`, and of those
+        that the last document of each row goes on with, (b m d)."""
+        if kept is None:
+            own = self._project(bank[:1] if run.is_first else bank, bank, dtype)
+        elif run.opens is False:
+            own = kept[1:]
+        else:
+            own = choose_rows(run.opens, self._project(bank, bank, dtype), kept[1:])
+        if run.segments is None:
+            return own, own
+        first = self._project(_bank_of(run.first_memory, self.kept.layer_idx)[:1], bank, dtype)
+        both = tuple(torch.cat(pair, dim=1) for pair in zip(own, first, strict=True))
+        return both, choose_rows(run.restarts, first, own)
+
+    def _project(self, bank: Tensor, rows: Tensor, dtype: torch.dtype) -> State:
+        """The keys and values of a bank (b|1 m d) for as many rows as another has."""
+        return tuple(part.expand(len(rows), -1, -1) for part in self.memory.project(bank, dtype))
 
     def reset_parameters(self) -> None:
         init.ones_(self.memory.forget_gate.bias)
@@ -122,22 +166,23 @@ class LM2Stack(SegmentedStack):
 
     Inside a segment all of them read what was written at the end of the one before, so nothing of a token reaches
     those in front of it. When it is full, the banks are written: with memory_flow "cross_layer" the one bank by the
-    first block, what comes out by the second, and so on. The keys and values of the slots are kept for the segment.
+    first block, what comes out by the second, and so on.
     """
 
     parameter_options = {"initial_bank": {"weight_decay": 0.0}}
 
     def __init__(self, config: LM2Config, blocks: Sequence[LM2Block], keepers: list[RecurrentMixer], rotary: nn.Module):
-        inputs = [SegmentInput(config, i) for i in range(len(blocks))]
-        super().__init__(config, blocks, keepers + inputs)
-        self._blocks, self._inputs, self._rotary = list(blocks), inputs, [rotary]  # lists do not register them again
+        kept = [block.kept for block in blocks]
+        for index, keeper in enumerate(kept, len(keepers)):
+            keeper.cache_idx = index
+        super().__init__(config, blocks, keepers + kept)
+        self._rotary = [rotary]  # a list does not register it again
         if config.initial_memory == "learned":
             self.initial_bank = nn.Parameter(torch.empty(_bank_shape(config)))
 
     @classmethod
     def memory_shapes(cls, config: LM2Config) -> dict:
-        slots = (config.num_hidden_layers, config.num_memory_slots, config.hidden_size)
-        return {"bank": (_bank_shape(config), torch.float32), "slot_keys": (slots, None), "slot_values": (slots, None)}
+        return {"bank": (_bank_shape(config), torch.float32)}
 
     @classmethod
     def keepers_inside(cls, config: LM2Config) -> list:
@@ -147,7 +192,7 @@ class LM2Stack(SegmentedStack):
                 (SegmentAttention, attention, i) if keeper is Attention else (keeper, own, i)
                 for keeper, own, i in config.in_blocks()
             ),
-            *((SegmentInput, config, i) for i in range(config.num_hidden_layers)),
+            *((KeptSegment, config, i) for i in range(config.num_hidden_layers)),
         ]
 
     def initial_memory(self, x: Tensor) -> State:
@@ -157,61 +202,24 @@ class LM2Stack(SegmentedStack):
         else:
             shape = _bank_shape(self.config)
             bank = torch.eye(*shape[1:], dtype=dtype, device=x.device).expand(shape)
-        return tuple(part.expand(x.shape[0], -1, -1, -1) for part in self._with_slots(bank[None], x.dtype))
+        return (bank.expand(x.shape[0], -1, -1, -1),)
 
     def run_segment(
         self, x: Tensor, memory: State, states: list[State] | None, run: Run
-    ) -> tuple[Tensor, State, list[State] | None, Shared]:
-        count = len(self.keepers) - len(self._inputs)
-        segment = OpenSegment(None if states is None else states[:count], count, run)
+    ) -> tuple[Tensor, State, list[State], Shared]:
+        segment = BankSegment(states, len(self.keepers), run, self.config)
         tokens = run.tokens()
         tokens.rotary = self._rotary[0](x, run.positions)
-        keys, values, visible = self._readable(memory, run)
+        latest = list(self.memory_of_last(memory, run)[0].unbind(1))
         shared: Shared = {}
-        inputs = []
-        for i, block in enumerate(self._blocks):
-            slots = keys[:, i], values[:, i]
-            x, shared, seen = block(x, shared, tokens=tokens, past_key_values=segment, slots=slots, visible=visible)
-            inputs.append(seen)
-        if run.keeps or run.closes is not False:
-            past = [None] * len(inputs) if states is None else states[count:]
-            newest = _newest_tokens(run, self.config.segment_length)
-            inputs = [
-                keeper.collect(seen, before, newest)
-                for keeper, seen, before in zip(self._inputs, inputs, past, strict=True)
-            ]
+        for i, block in enumerate(self._layers):
+            bank, place = _bank_of(memory, i), i % len(latest)
+            x, shared, latest[place] = block(
+                x, shared, tokens=tokens, past_key_values=segment, bank=bank, latest=latest[place]
+            )
         if run.closes is not False:
-            memory = self._write(self.memory_of_last(memory, run), inputs)
-        if not run.keeps:
-            return x, memory, None, shared | segment.recorded()
-        stale = _stale_slots(run, self.config.segment_length)
-        kept = (seen[:, 1:] if stale is None else seen[:, 1:].masked_fill(stale, 0.0) for seen in inputs)
-        return x, memory, [*segment.after, *((seen,) for seen in kept)], shared | segment.recorded()
-
-    def _readable(self, memory: State, run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values of the slots that tokens find (b l m d), and which of them each sees (b n m)."""
-        _, keys, values = memory
-        if run.segments is None:
-            return keys, values, None
-        _, first_keys, first_values = run.first_memory
-        fresh = (run.segments != run.segments[:, :1])[..., None].expand(-1, -1, keys.shape[2])
-        visible = torch.cat([~fresh, fresh], dim=-1)
-        return torch.cat([keys, first_keys], dim=2), torch.cat([values, first_values], dim=2), visible
-
-    def _write(self, memory: State, inputs: list[Tensor]) -> State:
-        """The memory after a segment, of which each block saw the inputs (b t d)."""
-        banks = list(memory[0].unbind(1))
-        for i, (block, seen) in enumerate(zip(self._blocks, inputs, strict=True)):
-            place = i % len(banks)
-            banks[place] = block.memory.write(banks[place], seen)
-        return self._with_slots(torch.stack(banks, dim=1), inputs[0].dtype)
-
-    def _with_slots(self, bank: Tensor, dtype: torch.dtype) -> State:
-        """Banks (b 1 m d) or (b l m d), and the keys and values of their slots for every block, both (b l m d)."""
-        banks = bank.unbind(1) * (len(self._blocks) // bank.shape[1])
-        slots = [block.memory.project(own, dtype) for block, own in zip(self._blocks, banks, strict=True)]
-        keys, values = zip(*slots, strict=True)
-        return bank, torch.stack(keys, dim=1), torch.stack(values, dim=1)
+            memory = (torch.stack(latest, dim=1),)
+        return x, memory, segment.after, shared | segment.recorded()
 
     def reset_parameters(self) -> None:
         if self.config.initial_memory == "learned":
@@ -235,6 +243,19 @@ def _stale_slots(run: Run, length: int) -> Tensor | None:
     count = run.positions.gather(1, (lengths - 1).clamp(min=0)[:, None]) + 1
     stale = torch.arange(length - 1, device=count.device) < length - 1 - count
     return (stale & (lengths > 0)[:, None])[..., None]
+
+
+def _visible_slots(run: Run, count: int) -> Tensor | None:
+    """Which slots each token sees, (b n 2m): those of the memory, or behind them those of the initial one. None: m."""
+    if run.segments is None:
+        return None
+    fresh = run.fresh[..., None].expand(-1, -1, count)
+    return torch.cat([~fresh, fresh], dim=-1)
+
+
+def _bank_of(memory: State, layer: int) -> Tensor:
+    """The bank of a memory, (b m d), that a layer reads and writes."""
+    return memory[0][:, layer % memory[0].shape[1]]
 
 
 def _bank_shape(config: LM2Config) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     instead = command.add_mutually_exclusive_group()
     instead.add_argument("--print-config", action="store_true", help="print the resolved recipe, and do nothing else")
     instead.add_argument("--dry-run", action="store_true", help="print what the run will take, and do nothing else")
-    about = "with --dry-run: hours on another device than this machine's, as H100"
+    about = "with --dry-run: hours and memory on another device than this machine's, as H100"
     command.add_argument("--device", default=argparse.SUPPRESS, help=about)
     command.add_argument("--devices", type=int, default=argparse.SUPPRESS, help="with --dry-run: how many of them")
     command.set_defaults(run=train)

@@ -5,6 +5,9 @@ layers kept of the segment is dropped, and the next segment finds the memory onl
 the place in the open segment, the memory, and what each layer keeps of the open segment, and all that the state
 contract promises follows from it: padding, packing, rollback, beams, files.
 
+Where FSDP2 shards the layers, weights are whole inside of a layer's `forward` only, which runs once for every run, and
+all processes run it equally often: rows of one length make as many runs, whatever documents are in them.
+
     model.py        SegmentedModel, a model whose layers a stack runs
     stack.py        SegmentedStack, which reads runs and carries the state; an architecture writes `run_segment`
     run.py          Run, what the layers read at once, and OpenSegment, their cache inside of it

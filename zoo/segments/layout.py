@@ -22,6 +22,8 @@ class Segmentation(NamedTuple):
     aligns_right: bool
     freezes: bool
     documents_share_runs: bool
+    counts_ahead: bool
+    """Whether there are as many runs as rows of this length can need, whatever is in them."""
 
     def borders(self, t: int, start: int, is_first: bool) -> list[int]:
         """Behind how many of t tokens segments are full, where the open one has `start` before them."""
@@ -64,8 +66,10 @@ class Segmentation(NamedTuple):
         width = min(2 * length - 1, t)
         within = (rank - torch.where(cuts, rank, 0).cummax(dim=1).values) % width
         run = (within == 0).cumsum(dim=1) - 1
-        if is_torchdynamo_compiling():  # packed rows are never cached: they have read nothing before
-            count = min(t, (t + (length - 1 if starts is None else 0) + length - 1) // length)
+        if self.counts_ahead:  # compiled packed rows are never cached: they have read nothing before
+            known = not is_torchdynamo_compiling()
+            before = int(position.max().clamp(min=0)) if known else (length - 1 if starts is None else 0)
+            count = min(t, (before + t + length - 1) // length)
         else:
             count = int(run.masked_fill(~real, 0).max()) + 1
         run = run.masked_fill(~real, count)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Cache
 from transformers.utils import is_torchdynamo_compiling
 
@@ -53,9 +54,9 @@ class SegmentedStack(RecurrentMixer):
 
     def __init__(self, config: ZooConfig, layers: Iterable[nn.Module], keepers: Sequence[RecurrentMixer]):
         super().__init__(config, layer_idx=0)
-        self.keepers = list(keepers)  # a list does not register them a second time
+        self._layers, self.keepers = list(layers), list(keepers)  # lists do not register them a second time
         self._sizes = [len(keeper.state_shapes(keeper.config, keeper.layer_idx)) for keeper in keepers]
-        for layer in layers:
+        for layer in self._layers:
             layer.register_forward_pre_hook(record_input, with_kwargs=True)
             for block in layer.modules():
                 if isinstance(block, Block):
@@ -139,6 +140,11 @@ class SegmentedStack(RecurrentMixer):
             return y, shared
         if cache is not None and tokens.segments is not None and is_torchdynamo_compiling():
             raise ValueError(f"{type(self).__name__} takes packed rows with a cache or compiled, not both")
+        if cache is not None and self.training and self._is_sharded:
+            raise ValueError(
+                "with carried states processes run the layers differently often, and FSDP2 runs them in all at once: "
+                "train.carry_state=false, or leave the layers whole (DDP)"
+            )
         return super().forward(x, shared, tokens, cache)
 
     def scan_shared(self, x: Tensor, state: State, tokens: Tokens, shared: Shared) -> tuple[Tensor, State, Shared]:
@@ -156,7 +162,13 @@ class SegmentedStack(RecurrentMixer):
     @property
     def _segmentation(self) -> Segmentation:
         length = self.config.segment_length
-        return Segmentation(length, self.aligns_right, self.freezes, self.documents_share_runs)
+        counts_ahead = is_torchdynamo_compiling() or self._is_sharded
+        return Segmentation(length, self.aligns_right, self.freezes, self.documents_share_runs, counts_ahead)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether processes share out the layers (FSDP2). Then a layer runs in all of them at once, equally often."""
+        return isinstance(self._layers[0], FSDPModule)
 
     def _read_even(
         self,
@@ -197,10 +209,8 @@ class SegmentedStack(RecurrentMixer):
     ) -> tuple[Tensor, State, Shared]:
         """Read rows whose segments, and documents, have borders of their own."""
         starts = segment_starts(tokens.segments, tokens.mask, x)
-        if starts is not None and is_torchdynamo_compiling() and not self.documents_share_runs:
-            raise ValueError(f"packed rows do not compile: how often {type(self).__name__} runs depends on them")
-        if starts is not None and self.aligns_right:
-            raise ValueError("segments that are aligned right take one document a row")
+        if starts is not None:
+            self._check_packed()
         layout = self._segmentation.lay_out(position, x, tokens.mask, starts)
         first_memory = None if starts is None else self.initial_memory(x)
         nothing_open, pieces = self._nothing_open(x), []
@@ -221,6 +231,19 @@ class SegmentedStack(RecurrentMixer):
             self._pack(layout.position, memory, states),
             {name: reorder(value, layout.slots) for name, value in left.items()},
         )
+
+    def _check_packed(self) -> None:
+        """Raise where the layers cannot be run as packed rows ask for."""
+        name = type(self).__name__
+        if self.aligns_right:
+            raise ValueError("segments that are aligned right take one document a row")
+        if is_torchdynamo_compiling() and not self.documents_share_runs:
+            raise ValueError(f"packed rows do not compile: how often {name} runs depends on them")
+        if self._is_sharded and not self.documents_share_runs:
+            raise ValueError(
+                f"{name} runs the layers as often as packed rows need, and FSDP2 runs them in all processes at once: "
+                "data.isolate_documents=false, or leave the layers whole (DDP)"
+            )
 
 
 def _options(tokens: Tokens) -> dict[str, Any]:

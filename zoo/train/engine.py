@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from zoo.modeling import ZooPreTrainedModel
@@ -47,6 +48,8 @@ class Engine:
         self.accelerator = accelerator
         self.max_norm = max_norm
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
+        if isinstance(self.model, FSDPModule):  # rows decide what is used: a memory is written where a segment is full
+            self.model.set_reduce_scatter_unused_params(True)
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager:
         """What forward and backward of a part of a step's rows run in; the last is the one that exchanges gradients."""

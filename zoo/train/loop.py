@@ -30,7 +30,7 @@ from zoo.train.config import TrainConfig, to_yaml
 from zoo.train.data import TrainingData, prepare_data
 from zoo.train.distributed import make_accelerator
 from zoo.train.engine import make_engine
-from zoo.train.model import check_model, make_model
+from zoo.train.model import check_model, check_sharing, make_model
 from zoo.train.optimizer import learning_rate_schedule, set_learning_rate
 from zoo.train.output import check_recipe, claimed, flat
 from zoo.train.plan import make_plan, memory_in_use, peak_of
@@ -90,6 +90,7 @@ class Run:
         check_prompt(config.train.sample_prompt, self.tokenizer)
         torch.manual_seed(config.train.seed)
         model = make_model(config, self.tokenizer, folder)
+        check_sharing(config, model, accelerator)
         self.say(f"{config.model.preset}: {model.num_parameters():,} parameters")
         self.plan = make_plan(config, model, accelerator.num_processes)
         self.factor = learning_rate_schedule(config.train, self.plan.steps)

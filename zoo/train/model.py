@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from zoo.inspection import state_grows
 from zoo.registry import create_config, create_model
+from zoo.segments import SegmentedModel
 from zoo.train.config import TrainConfig
 from zoo.train.tokenizer import count_entries
 
@@ -27,6 +30,30 @@ def check_model(config: TrainConfig) -> None:
         )
     if config.train.carry_state and state_grows(found):
         raise ValueError(f"train.carry_state: a layer of {settings.preset} keeps more with every token it reads")
+
+
+def check_sharing(config: TrainConfig, model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Raise where processes share out layers that they would have to run in different ways.
+
+    Rows decide how often, and with which weights, a model that reads segment by segment runs its layers.
+
+    Raises:
+        ValueError: on packed rows with ZeRO-3, or with FSDP2 where every document has runs of its own; on states that
+            are carried with FSDP2.
+    """
+    if not isinstance(model.base_model, SegmentedModel):
+        return
+    stack, is_packed = model.base_model.stack, config.data.isolate_documents
+    name, way_out = type(stack).__name__, "data.isolate_documents=false, or cpu.yaml or gpu8.yaml"
+    if is_packed and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"ZeRO-3 gathers weights in all processes at once, {name} as rows need them: "
+            "data.isolate_documents=false, or fsdp2.yaml"
+        )
+    if is_packed and accelerator.is_fsdp2 and not stack.documents_share_runs:
+        raise ValueError(f"FSDP2 runs layers in all processes at once, {name} as rows need them: {way_out}")
+    if config.train.carry_state and accelerator.is_fsdp2:
+        raise ValueError(f"FSDP2 runs layers in all processes at once, {name} as states need: train.carry_state=false")
 
 
 def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None) -> PreTrainedModel:

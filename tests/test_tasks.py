@@ -382,7 +382,7 @@ def test_bits_per_byte(tmp_path):
     for name in ("bits_per_byte", "bits_per_byte_code"):
         results = _results(Uniform(), name)[name]
         assert results["bits_per_byte,none"] == pytest.approx(2)
-        assert results["sample_len"] > 5
+        assert results["sample_len"] >= 5  # modules: how many is up to who built this Python
     (tmp_path / "book.txt").write_text("Größe" * 100, encoding="utf-8")
     results = _results(Uniform(), "bits_per_byte", text=str(tmp_path / "book.txt"), characters=90)["bits_per_byte"]
     assert results["bits_per_byte,none"] == pytest.approx(2)

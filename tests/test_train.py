@@ -174,7 +174,9 @@ def _weights(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_asked_to_stop_a_run_saves_and_ends_well(train, capsys, monkeypatch, number):
+def test_asked_to_stop_a_run_saves_and_ends_well(train, capsys, monkeypatch, request, number):
+    before = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP would be ignored
+    request.addfinalizer(lambda: signal.signal(number, before))
     step = loop.Run._step
 
     def asked(self):

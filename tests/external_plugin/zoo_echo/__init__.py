@@ -99,7 +99,7 @@ class RwkvMambaEchoForCausalLM(ZooForCausalLM, GenerationMixin):
         return 30 * torch.tanh(super().compute_logits(hidden_states) / 30)
 
     def auxiliary_losses(self, outputs):
-        size = outputs.shared["first_values"].float().pow(2).mean()
+        size = outputs.shared["first_values"].float().pow(2).flatten(1).mean(1)
         return [*super().auxiliary_losses(outputs), AuxiliaryLoss("first_values", 1e-3, size)]
 
 

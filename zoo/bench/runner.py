@@ -4,7 +4,7 @@ Every bench takes
 
 - `names` of what it measures: all there is, where there is none;
 - `repeats`, rounds of each at most, of which the median counts;
-- `output`, a CSV file: rows go there as they are finished, those of other names stay in it.
+- `output`, a CSV file (`zoo.tables`): rows go there as they are finished, those of other names stay in it.
 """
 
 import os

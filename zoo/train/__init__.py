@@ -11,7 +11,8 @@ optimizer.py     AdamW, Muon, learning rates
 model.py         what is trained, new or from a checkpoint
 distributed.py   one process or many; engine.py, a model whole or shared out; zero.py, by DeepSpeed
 loop.py          the run
-checkpoint.py    what it saves and goes on from; output.py, its folder; stop.py, how it is ended
+checkpoint.py    what it saves and goes on from; output.py, its folder
+stop.py          how it is ended; launch.py, `zoo launch`, which lets it end well
 validation.py    how well it predicts held-out text
 report.py        log, progress bar, pictures
 plan.py          what a run will take, before it runs; memory.py, the memory of a micro-batch

@@ -1,4 +1,4 @@
-"""Norm and gates in C++: the numbers and gradients of PyTorch's, and PyTorch's wherever C++ cannot be called."""
+"""Norm, gates and rotations in C++: numbers and gradients of PyTorch's, and PyTorch's where C++ cannot be called."""
 
 import math
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import zoo
 from zoo.ops import native
 from zoo.ops.dispatch import use_backend
-from zoo.ops.fused import choose_fused, geglu, rms_norm, swiglu
+from zoo.ops.fused import choose_fused, geglu, rms_norm, rotate_halves, swiglu
 
 EPS = 1e-3
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -78,12 +78,48 @@ def test_gates(kind, dtype, calls):
     assert torch.equal(function(extreme, torch.ones_like(extreme)).isfinite(), activation(extreme).isfinite())
 
 
+def plain_rotation(x: Tensor, angle: Tensor) -> Tensor:
+    """As complex numbers (arXiv:2104.09864, equation 13), those of a head's real parts before the imaginary ones."""
+    half = angle.shape[-1]
+    number = torch.complex(x[..., :half], x[..., half : 2 * half])
+    turned = number * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    return torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 7, 3, 34), (3, 5, 2, 64)], ids=str)
+@pytest.mark.parametrize("rows", ["one", "each"])
+@pytest.mark.parametrize("rest", [0, 3])
+def test_rotation(shape, rows, rest, dtype, calls):
+    b, t, h, width = shape
+    angle = torch.randn(b if rows == "each" else 1, t, width // 2, dtype=torch.float64)
+    cos, sin = (x.repeat(1, 1, 2).to(dtype) for x in (angle.cos(), angle.sin()))
+    x = torch.randn(b, t, h, width + rest, dtype=torch.float64)
+    assert_equal(lambda x: rotate_halves(x, cos, sin), lambda x: plain_rotation(x, angle), [x], dtype)
+    assert calls == ["rotate", "rotate_back", "rotate"]
+    assert_equal(lambda x: rotate_halves(x, cos, sin, "chunked"), lambda x: plain_rotation(x, angle), [x], dtype)
+
+
+def test_rotation_by_learned_angles_is_pytorch_s(calls):
+    x, angle = torch.randn(2, 5, 3, 8), torch.randn(1, 5, 4, requires_grad=True)
+    cos, sin = (y.repeat(1, 1, 2) for y in (angle.cos(), angle.sin()))
+    found, expected = (
+        torch.autograd.grad(y.square()[..., 0].sum(), angle)[0]
+        for y in (rotate_halves(x, cos, sin), plain_rotation(x, angle))
+    )
+    torch.testing.assert_close(found, expected)
+    assert not calls
+
+
 def test_any_strides():
     x, weight = torch.randn(60, 90).t()[::2], torch.randn(60)
     torch.testing.assert_close(rms_norm(x, weight, EPS), plain_rms_norm(x, weight))
     gate = torch.randn(90, 120).t()
     up = torch.randn(120, 180)[:, ::2]
     torch.testing.assert_close(swiglu(gate, up), plain_swiglu(gate, up))
+    x, angle = torch.randn(2, 4, 12, 6).transpose(1, 2), torch.randn(2, 12, 3)
+    cos, sin = (y[:, :, [0, 1, 2, 0, 1, 2]] for y in (angle.cos(), angle.sin()))
+    torch.testing.assert_close(rotate_halves(x, cos, sin), plain_rotation(x, angle))
 
 
 def test_threads_do_not_change_the_result():
@@ -107,6 +143,9 @@ def test_second_derivatives():
     for function in (lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm(x, None, EPS) * w):
         assert gradcheck(function, (x, weight))
         assert gradgradcheck(function, (x, weight))
+    angle = torch.randn(1, 3, 4, dtype=torch.float64)
+    heads = torch.randn(2, 3, 1, 8, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(lambda x: rotate_halves(x, angle.cos().repeat(1, 1, 2), angle.sin().repeat(1, 1, 2)), heads)
     gate, up = (torch.randn(4100, dtype=torch.float64, requires_grad=True) for _ in range(2))
     (first,) = torch.autograd.grad(swiglu(gate, up).sum(), gate, create_graph=True)
     (found,) = torch.autograd.grad(first.sum(), gate)
@@ -168,3 +207,4 @@ def test_a_model_runs_on_it(calls):
     layers = model.config.num_hidden_layers
     assert calls.count("rms_norm_backward") == 2 * layers + 1
     assert calls.count("swiglu_backward") == layers
+    assert calls.count("rotate_back") == 2 * layers

@@ -285,11 +285,13 @@ def test_operator_is_well_behaved(op, case, form):
 
 
 def test_cross_entropy_is_a_well_behaved_operator():
-    """It stands outside of `Op`: its PyTorch form is a custom operator."""
+    """It stands outside of `Op`: its PyTorch form is a custom operator too."""
     x, weight, bias = torch.randn(7, 5), torch.randn(11, 5), torch.randn(11)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     labels = torch.tensor([1, 2, -100, 3, 10, 0, 4])
-    torch.library.opcheck(torch.ops.zoo.linear_cross_entropy.default, (*inputs, labels, -100, 0.1, 2.0, [True] * 3))
+    torch.library.opcheck(
+        torch.ops.zoo.linear_cross_entropy.default, (*inputs, labels, -100, 0.1, 2.0, [True] * 3, "chunked")
+    )
 
 
 def recorded_operator_calls(op: str, run) -> list[tuple]:

@@ -13,6 +13,7 @@ from zoo.ops.dispatch import Choice, choose
 from zoo.ops.fused import FUSED, choose_fused
 from zoo.ops.grouped_linear import choose_grouped_linear
 from zoo.ops.linear import choose_linear
+from zoo.ops.masked_attention import choose_masked_attention
 
 
 def state_bytes(config: PreTrainedConfig, length: int | None = None, dtype: torch.dtype | None = None) -> int:
@@ -109,6 +110,8 @@ def _choice(op: str, model: PreTrainedModel) -> Choice:
         return choose_linear(model.device, model.dtype)
     if op == "grouped_linear":
         return choose_grouped_linear(model.device, model.dtype)
+    if op == "masked_attention":
+        return choose_masked_attention(model.device, model.dtype, model.config.kernels)
     if op in FUSED:
         return choose_fused(model.device, model.dtype, model.config.kernels)
     forms = importlib.import_module(f"zoo.ops.{op}").OP.forms

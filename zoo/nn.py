@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from zoo.cache import State
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer, RecurrentMixer, Shared, Tokens
-from zoo.ops.fused import geglu, rms_norm, swiglu
+from zoo.ops.fused import geglu, rms_norm, rotate_halves, swiglu
 from zoo.ops.linear import linear
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
 from zoo.ops.short_conv import short_conv
@@ -157,15 +157,6 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
         return rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width), 1.0
 
 
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading r features of x (b t h d), i together with i + r/2; cosines and sines are (b|1 t r)."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, rest], dim=-1)
-
-
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate features 2i and 2i + 1 of x (b t h d) by angles whose cosines and sines are (b|1 t d/2)."""
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -236,7 +227,7 @@ class _GroupedQueries:
             proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if tokens.rotary is not None:
-            q, k = rotate_halves(q, *tokens.rotary), rotate_halves(k, *tokens.rotary)
+            q, k = (rotate_halves(heads, *tokens.rotary, kernels=self.config.kernels) for heads in (q, k))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 

@@ -1,6 +1,7 @@
 """Attention of Titans: to persistent tokens, to a window of earlier ones or to a segment (arXiv:2501.00663, section 4).
 
-Letters: b batch, t tokens, s slots seen, p persistent tokens, d width, g heads of keys and values, k width of a head.
+Letters: b batch, t tokens, s slots seen, p persistent tokens, d width, h heads, g
+of them with keys and values of their own, k width of a head.
 """
 
 import torch
@@ -10,7 +11,9 @@ from zoo.plugins.titans.memory import TitansConfig
 
 from zoo.cache import State
 from zoo.mixer import RecurrentMixer, Tokens, choose_rows
-from zoo.nn import Linear, rotate_halves
+from zoo.nn import Linear
+from zoo.ops.fused import rotate_halves
+from zoo.ops.masked_attention import masked_attention
 from zoo.ops.packing import reorder
 
 
@@ -21,6 +24,7 @@ class PersistentAttention(nn.Module):
     """
 
     config_fields = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
+    ops = ("masked_attention",)
 
     def __init__(self, config: TitansConfig):
         super().__init__()
@@ -31,30 +35,37 @@ class PersistentAttention(nn.Module):
         self.v_proj = Linear(d, groups, bias=False)
         self.o_proj = Linear(d, d, bias=False)
 
-    def keys_and_values(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (b t d) at positions (b|1 t) -> (b t 2 g k)."""
-        k, v = (proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.k_proj, self.v_proj))
-        return torch.stack([self._rotate(k, positions), v], dim=2)
-
-    def persistent(self, prefix: Tensor, x: Tensor) -> Tensor:
-        """Keys and values of persistent tokens (p d), for activations x (b t d): (b p 2 g k), at positions -p to -1."""
-        places = torch.arange(-len(prefix), 0, device=x.device)[None]
-        return self.keys_and_values(prefix.to(x.dtype)[None], places).expand(len(x), -1, -1, -1, -1)
-
-    def forward(self, x: Tensor, positions: Tensor, seen: Tensor, visible: Tensor) -> Tensor:
-        """x (b t d) at positions (b|1 t), keys and values (b s 2 g k), whether each is seen (b|1 t s) -> (b t d)."""
-        q = self._rotate(self.q_proj(x).unflatten(-1, (-1, self.config.head_dim)), positions)
-        q, k, v = (y.transpose(1, 2) for y in (q, *seen.unbind(2)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=k.shape[1] != q.shape[1])
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn the heads x (b t h k) by the rotary embedding (arXiv:2104.09864)."""
+    def rotary(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary embedding (arXiv:2104.09864) at positions (b|1 t), for activations x."""
         wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        width = x.shape[-1]
+        width = self.config.head_dim
         frequency = self.config.rope_theta ** -(torch.arange(0, width, 2, device=x.device, dtype=wide) / width)
         angle = (positions[..., None].to(wide) * frequency).repeat(1, 1, 2)
-        return rotate_halves(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+    def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """x (b t d) -> (b t h k)."""
+        return self._rotate(self._heads(self.q_proj, x), rotary)
+
+    def keys_and_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x (b t d) -> two of (b t g k)."""
+        return self._rotate(self._heads(self.k_proj, x), rotary), self._heads(self.v_proj, x)
+
+    def persistent(self, prefix: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of persistent tokens (p d), for activations x (b t d): (b p g k), at positions -p to -1."""
+        rotary = self.rotary(torch.arange(-len(prefix), 0, device=x.device)[None], x)
+        k, v = self.keys_and_values(prefix.to(x.dtype)[None], rotary)
+        return k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """q (b t h k), k and v (b s g k), whether each is seen (b|1 t s) -> (b t d)."""
+        return self.o_proj(masked_attention(q, k, v, visible, self.config.kernels).flatten(2))
+
+    def _heads(self, proj: Linear, x: Tensor) -> Tensor:
+        return proj(x).unflatten(-1, (-1, self.config.head_dim))
+
+    def _rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate_halves(x, *rotary, kernels=self.config.kernels)
 
 
 class WindowAttention(PersistentAttention):
@@ -71,20 +82,27 @@ class WindowAttention(PersistentAttention):
         """x (b t d), the state, the tokens, persistent tokens (p d) -> (b t d) and the state after them."""
         (window, count), t, reach = state, x.shape[1], self.config.sliding_window
         past = window.shape[1]
-        new = self.keys_and_values(x, tokens.positions)
+        rotary = self.rotary(tokens.positions, x)
+        new = self.keys_and_values(x, rotary)
         slot = torch.arange(past + t, device=x.device)
         query = slot[past:, None]
         visible = (slot <= query) & (slot > query - reach) & filled(count, past + t, past)[:, None]
         if tokens.segments is not None:
             documents = torch.cat([tokens.segments[:, :1].expand(-1, past), tokens.segments], dim=1)
             visible = visible & (tokens.segments[:, :, None] == documents[:, None, :])
-        seen = torch.cat([window, new], dim=1)
+        seen = [window.unbind(2), new]
         if prefix is not None:
-            seen = torch.cat([self.persistent(prefix, x), seen], dim=1)
+            seen = [self.persistent(prefix, x), *seen]
             visible = F.pad(visible, (len(prefix), 0), value=True)
-        y = self(x, tokens.positions, seen, visible)
+        y = self(self.queries(x, rotary), *join(seen), visible)
         count = tokens.count_last(count, t)
-        return y, (keep_newest(window, new, token_counts(count, t, tokens), reach - 1, count), count)
+        return y, (keep_newest(window, torch.stack(new, 2), token_counts(tokens), reach - 1, count), count)
+
+
+def join(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Keys and values of some groups of slots, each (b s ...), behind each other."""
+    k, v = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    return k, v
 
 
 class Windowed(RecurrentMixer):
@@ -112,16 +130,21 @@ def filled(count: Tensor, slots: int, past: int) -> Tensor:
     return torch.arange(slots, device=count.device) >= past - count[:, None]
 
 
-def token_counts(count: Tensor, t: int, tokens: Tokens) -> Tensor:
-    """How many of t tokens are real, (b), like `count` (b)."""
-    return torch.full_like(count, t) if tokens.mask is None else tokens.mask.sum(dim=1)
+def token_counts(tokens: Tokens) -> Tensor | None:
+    """How many real tokens there are in each row, (b); None: all are."""
+    return None if tokens.mask is None else tokens.mask.sum(dim=1)
 
 
-def keep_newest(window: Tensor, new: Tensor, lengths: Tensor, kept: int, count: Tensor) -> Tensor:
-    """The `count` (b) newest, but at most `kept`, of the slots of a window (b s ...) and `lengths` (b) further ones
-    (b t ...), behind zeros: (b kept ...)."""
-    slots = fill_up(torch.cat([window, new], dim=1), kept + new.shape[1])
-    start = slots.shape[1] - new.shape[1] - kept
-    newest = reorder(slots, start + lengths[:, None] + torch.arange(kept, device=slots.device))
+def keep_newest(window: Tensor, new: Tensor, lengths: Tensor | None, kept: int, count: Tensor) -> Tensor:
+    """The `count` (b) newest, but at most `kept`, of the slots of a window (b s ...) and of `lengths` (b) further ones
+    (b t ...), all if None, behind zeros: (b kept ...)."""
+    t = new.shape[1]
+    if lengths is None:
+        slots = fill_up(torch.cat([window, new[:, max(0, t - kept) :]], dim=1), kept)
+        newest = slots[:, slots.shape[1] - kept :]
+    else:
+        slots = fill_up(torch.cat([window, new], dim=1), kept + t)
+        start = slots.shape[1] - t - kept
+        newest = reorder(slots, start + lengths[:, None] + torch.arange(kept, device=slots.device))
     is_empty = ~filled(count, kept, kept)
     return newest.masked_fill(is_empty.view(*is_empty.shape, *[1] * (newest.dim() - 2)), 0.0)

@@ -14,6 +14,7 @@ from zoo.plugins.titans.attention import (
     Windowed,
     empty_window,
     filled,
+    join,
     keep_newest,
     token_counts,
 )
@@ -56,6 +57,13 @@ def cut_into_segments(x: Tensor, tokens: Tokens, count: Tensor, length: int, at_
     starts = segment_starts(tokens.segments, mask, x)
     layout = lay_out_chunks(everywhere, starts, None if at_border else count, length, min(t, length))
     return Cut(layout, layout.real, layout.opens, layout.restarts, layout.position)
+
+
+def gather_seen(groups: list[tuple[tuple[Tensor, Tensor], Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of keys and values, each (b s g k), with who sees them, (b|1 t s) -> all of them, behind each other."""
+    rows = max(len(visible) for _, visible in groups)
+    visible = torch.cat([visible.expand(rows, -1, -1) for _, visible in groups], dim=-1)
+    return *join([seen for seen, _ in groups]), visible
 
 
 class TitansMAC(Windowed):
@@ -117,14 +125,20 @@ class TitansMAC(Windowed):
         asking_taps, before, *windows, count = state[7:]
         queries, asking_taps = self.memory.queries(x, asking_taps, tokens)
         cut = cut_into_segments(x, tokens, count, config.segment_length, at_border)
-        slots = (x, queries) if cut.layout is None else cut.layout.into_slots(x, queries)
+        slots, queries = (x, queries) if cut.layout is None else cut.layout.into_slots(x, queries)
         width = min(x.shape[1], config.segment_length)
-        places = torch.arange(width, device=x.device)[None]
+        position = (torch.arange(slots.shape[1], device=x.device) % width)[None]
+        if cut.opens is not None:  # the first run may go on with a segment
+            open_count = count.masked_fill(cut.opens[:, 0], 0)
+            position = torch.cat([position[:, :width] + open_count[:, None], position[:, width:].expand(len(x), -1)], 1)
+        rotary = self.attention.rotary(position, x)
+        q, (k, v) = self.attention.queries(slots, rotary), self.attention.keys_and_values(slots, rotary)
         prefix = self.attention.persistent(self.persistent.weight, x)
 
+        runs = zip(*(y.split(width, dim=1) for y in (queries, position, q, k, v, *rotary)), strict=True)
         found = []
-        for n, (x_n, queries_n) in enumerate(zip(*(y.split(width, dim=1) for y in slots), strict=True)):
-            c = x_n.shape[1]
+        for n, (queries_n, position_n, q_n, k_n, v_n, *rotary_n) in enumerate(runs):
+            c = q_n.shape[1]
             real = None if cut.real is None else cut.real[:, n * width : n * width + c]
             if n and cut.restarts is not None:
                 learner = self.memory.restart(learner, cut.restarts[:, n])
@@ -132,35 +146,32 @@ class TitansMAC(Windowed):
             before = weights if cut.opens is None else torch.where(cut.opens[:, n, None, None], weights, before)
             h = self.retrieved_norm(self.memory.read(before, queries_n))
 
+            retrieved, own = self.attention.keys_and_values(h, rotary_n), (k_n, v_n)
             triangle = torch.ones(1, c, c, dtype=torch.bool, device=x.device).tril()
             if config.mac_prefix == CAUSAL:
                 sees_retrieved = triangle
             else:
                 sees_retrieved = torch.ones_like(triangle) if real is None else real[:, None].expand(-1, c, -1)
-            if n or cut.opens is None:
-                position, past = places[:, :c], None
-            else:
-                open_count = count.masked_fill(cut.opens[:, 0], 0)
-                position = places[:, :c] + open_count[:, None]
-                past = filled(open_count, windows[0].shape[1], windows[0].shape[1])[:, None].expand(-1, c, -1)
-            own = [self.attention.keys_and_values(y, position) for y in (h, x_n)]
-            seen, visible = [prefix], [triangle.new_ones(1, c, prefix.shape[1])]
-            for new, window, triangle_of_new in zip(own, windows, (sees_retrieved, triangle), strict=True):
-                seen += [new] if past is None else [window, new]
-                visible += [triangle_of_new] if past is None else [past, triangle_of_new]
-            rows = max(len(part) for part in visible)
-            visible = torch.cat([part.expand(rows, -1, -1) for part in visible], dim=-1)
-            y = self.attention(x_n, position, torch.cat(seen, dim=1), visible)
+            groups = [(prefix, triangle.new_ones(1, c, prefix[0].shape[1]))]
+            if n == 0 and cut.opens is not None:
+                is_filled = filled(open_count, windows[0].shape[1], windows[0].shape[1])[:, None].expand(-1, c, -1)
+                groups += [(window.unbind(2), is_filled) for window in windows]
+            groups += [(retrieved, sees_retrieved), (own, triangle)]
+            y = self.attention(q_n, *gather_seen(groups))
 
-            m, learner = self.memory(self.attended_norm(y), learner, Tokens(position, mask=real))
-            found.append((y, m, *own))
+            m, learner = self.memory(self.attended_norm(y), learner, Tokens(position_n, mask=real))
+            found.append((y, m, retrieved, own))
             learner = self.memory.unpack((*learner.memory, *learner.taps), at_border=True)  # chunks end with segments
 
-        y, m, *own = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-        if cut.layout is not None:
-            y, m, *own = (cut.layout.out_of_slots(part) for part in (y, m, *own))
-        lengths, kept = token_counts(count, x.shape[1], tokens), config.segment_length - 1
-        windows = (keep_newest(*pair, lengths, kept, cut.count) for pair in zip(windows, own, strict=True))
+        *mixed, all_retrieved, all_own = zip(*found, strict=True)
+        y, m = (torch.cat(parts, dim=1) for parts in mixed)
+        if cut.layout is None:  # runs before the last one are whole segments, which leave nothing
+            newest = [torch.stack(parts[-1], dim=2) for parts in (all_retrieved, all_own)]
+        else:
+            y, m = (cut.layout.out_of_slots(part) for part in (y, m))
+            newest = [cut.layout.out_of_slots(torch.stack(join(parts), dim=2)) for parts in (all_retrieved, all_own)]
+        kept, lengths = config.segment_length - 1, token_counts(tokens)
+        windows = (keep_newest(*pair, lengths, kept, cut.count) for pair in zip(windows, newest, strict=True))
         memory = learner.memory._replace(position=cut.count % config.chunk_size)
         state = (*memory, *learner.taps, asking_taps, before, *windows, cut.count)
         return self.o_proj(self.gate(y, m)), state

@@ -165,6 +165,17 @@ def _obstacle_to_triton(op: str, device: str, dtype: str, planned: str | None) -
     return None
 
 
+def choose_native(library: str, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...], kernels: str = "auto") -> Choice:
+    """`native` or `torch` on a CPU, and why, for a function of C++ that is no op, with `dtypes`."""
+    if (form := requested(kernels)) not in ("auto", "require", "native"):
+        return Choice("torch", f"{form!r} was asked for")
+    if dtype not in dtypes:
+        return Choice("torch", f"no C++ for {str(dtype).removeprefix('torch.')}")
+    if obstacle := native.obstacle(library):
+        return Choice("torch", obstacle)
+    return Choice("native", "the kernel for cpu")
+
+
 def gpu_target() -> str:
     """The architecture of the current GPU, as `sm_90` or `gfx942`."""
     properties = torch.cuda.get_device_properties()

@@ -38,6 +38,7 @@ class Op:
         takes_complex: whether inputs may be complex.
         compiled_whole: compilers take the chunked form as one node too, as a loop that they would unroll into
             thousands of nodes; its module then has `forward` and `backward` as those of the kernels.
+        has_own_operator: the op is called by a function of its own, whose operator this does not define.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Op:
         backward_reads_outputs: bool = False,
         takes_complex: bool = False,
         compiled_whole: bool = False,
+        has_own_operator: bool = False,
     ):
         self.name = name
         self.forms = ("reference", "chunked", *kernels)
@@ -64,7 +66,7 @@ class Op:
         self._takes_complex = takes_complex
         self._compiled_whole = compiled_whole
         self._examine = once_per_look(self._examine_once)
-        if kernels:
+        if kernels and not has_own_operator:
             self._operator = self._define(backward_reads_outputs)
 
     def __call__(self, *inputs: Any, kernels: str = "auto") -> tuple[Tensor, ...]:
@@ -174,6 +176,15 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
         if x.is_floating_point() or x.is_complex():
             dtype = torch.promote_types(dtype, x.dtype)
     return dtype
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function of PyTorch, differentiable once more; None where none is wanted."""
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
 
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}

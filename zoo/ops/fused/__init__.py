@@ -1,11 +1,11 @@
 """RMS norm, SwiGLU and GeGLU as one kernel each: in C++ (`native.cpp`) on CPUs, of Liger-Kernel on GPUs that have it.
+The rotation of the rotary embedding too, in C++ on CPUs, and PyTorch's elsewhere.
 
 PyTorch passes over memory for each of their operations. A compiler fuses them by itself: inside `torch.compile`
 they stay PyTorch's, as they do for tensors that a transform or a tracer looks at.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from zoo.ops import liger, native
 from zoo.ops.checks import is_plain_cpu_call
-from zoo.ops.dispatch import Choice, requested
+from zoo.ops.dispatch import Choice, choose_native
+from zoo.ops.op import differentiable_gradients
 
 FUSED = ("rms_norm", "swiglu", "geglu")
 """What modules of a model name in their `ops`."""
@@ -29,13 +30,7 @@ def choose_fused(device: torch.device | str, dtype: torch.dtype = torch.float32,
     """`native`, `liger` or `torch` for tensors on a device, and why; `kernels` is what the caller asks for."""
     if torch.device(device).type != "cpu":
         return liger.choose_liger(device, kernels)
-    if (form := requested(kernels)) not in ("auto", "require", "native"):
-        return Choice("torch", f"{form!r} was asked for")
-    if dtype not in _DTYPES:
-        return Choice("torch", f"no C++ for {str(dtype).removeprefix('torch.')}")
-    if obstacle := native.obstacle("fused"):
-        return Choice("torch", obstacle)
-    return Choice("native", "the kernel for cpu")
+    return choose_native("fused", dtype, _DTYPES, kernels)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, kernels: str = "auto") -> Tensor:
@@ -57,6 +52,18 @@ def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
 def geglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
     """gelu(gate) * up, both (... d), with the tanh form of GELU."""
     return _gated("geglu", gate, up, kernels)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, kernels: str = "auto") -> Tensor:
+    """Rotate the leading r features of x (b t h d), i together with i + r/2; cosines and sines are (b|1 t r)."""
+    has_constant_angles = not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+    if has_constant_angles and _goes_to_native((x, cos, sin), kernels):
+        return _Rotation.apply(x, cos.contiguous(), sin.contiguous(), False)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1)
 
 
 _ACTIVATIONS = {"swiglu": F.silu, "geglu": functools.partial(F.gelu, approximate="tanh")}
@@ -106,7 +113,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable(lambda x, w: F.rms_norm(x, x.shape[-1:], w, ctx.eps), (x, weight), grad), None
+            return *differentiable_gradients(
+                lambda x, w: F.rms_norm(x, x.shape[-1:], w, ctx.eps), (x, weight), grad
+            ), None
         found = torch.empty_like(x), None if weight is None else torch.empty_like(weight)
         sizes = len(inverse), x.shape[-1]
         native.call("fused", "rms_norm_backward", x.dtype, *sizes, x, weight, inverse, grad.contiguous(), *found)
@@ -128,16 +137,25 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
             activation = _ACTIVATIONS[ctx.name]
-            return None, *_differentiable(lambda gate, up: activation(gate) * up, (gate, up), grad)
+            return None, *differentiable_gradients(lambda gate, up: activation(gate) * up, (gate, up), grad)
         found = torch.empty_like(gate), torch.empty_like(up)
         native.call("fused", f"{ctx.name}_backward", gate.dtype, gate.numel(), gate, up, grad.contiguous(), *found)
         return None, *found
 
 
-def _differentiable(
-    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a function in a form that can be differentiated once more: through PyTorch."""
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
-    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
+class _Rotation(torch.autograd.Function):
+    """Its derivative is the transpose, whose derivative is the rotation."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.is_back = is_back
+        x = x.contiguous()
+        y, table_batch = torch.empty_like(x), cos[0].numel() if len(cos) > 1 else 0
+        name = "rotate_back" if is_back else "rotate"
+        native.call("fused", name, x.dtype, *x.shape, cos.shape[-1], table_batch, x, cos, sin, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Rotation.apply(grad, *ctx.saved_tensors, not ctx.is_back), None, None, None

@@ -1,6 +1,7 @@
-// RMS norm, SwiGLU and GeGLU, forward and backward, each in one pass over memory: PyTorch takes one for every operation.
+// RMS norm, gates and rotary embedding, forward and backward, each in one pass over memory: PyTorch takes one for every
+// operation.
 //
-// Letters: n rows, d channels.
+// Letters: n rows, d channels; of rotations b batch, t tokens, h heads, r channels that turn.
 #include "native.h"
 
 namespace {
@@ -114,6 +115,31 @@ void gate_backward(int64_t n, const T* __restrict__ gate, const T* __restrict__ 
   }
 }
 
+// Channels i and i + r/2 of each head, x (b t h d), turned by the angle of the token; cos and sin (1 or b, t, r), whose
+// batches are `table_batch` numbers apart. Back is the transpose: what is a gradient of y becomes one of x.
+template <bool back, typename T>
+void rotate(int64_t b, int64_t t, int64_t h, int64_t d, int64_t r, int64_t table_batch, const T* x, const T* cos,
+            const T* sin, T* y, int64_t threads) {
+  const int64_t half = r / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t token = 0; token < b * t; token++) {
+    const int64_t entry = token / t * table_batch + token % t * r;
+    const T* __restrict__ c = cos + entry;
+    const T* __restrict__ s = sin + entry;
+    for (int64_t head = token * h; head < (token + 1) * h; head++) {
+      const T* __restrict__ from = x + head * d;
+      T* __restrict__ to = y + head * d;
+#pragma omp simd
+      for (int64_t i = 0; i < half; i++) {
+        const T first = from[i], second = from[i + half];
+        to[i] = back ? first * c[i] + second * s[i + half] : first * c[i] - second * s[i];
+        to[i + half] = back ? second * c[i + half] - first * s[i] : second * c[i + half] + first * s[i + half];
+      }
+      for (int64_t i = r; i < d; i++) to[i] = from[i];
+    }
+  }
+}
+
 }  // namespace
 
 #define EXPORT(suffix, T)                                                                                             \
@@ -124,6 +150,14 @@ void gate_backward(int64_t n, const T* __restrict__ gate, const T* __restrict__ 
   extern "C" int rms_norm_backward_##suffix(int64_t n, int64_t d, const T* x, const T* weight, const T* inverse,      \
                                             const T* grad, T* grad_x, T* grad_weight, int64_t threads) {              \
     ZOO_STATUS(rms_norm_backward<T>(n, d, x, weight, inverse, grad, grad_x, grad_weight, threads))                    \
+  }                                                                                                                   \
+  extern "C" int rotate_##suffix(int64_t b, int64_t t, int64_t h, int64_t d, int64_t r, int64_t table_batch,          \
+                                 const T* x, const T* cos, const T* sin, T* y, int64_t threads) {                     \
+    ZOO_STATUS(rotate<false>(b, t, h, d, r, table_batch, x, cos, sin, y, threads))                                    \
+  }                                                                                                                   \
+  extern "C" int rotate_back_##suffix(int64_t b, int64_t t, int64_t h, int64_t d, int64_t r, int64_t table_batch,     \
+                                      const T* x, const T* cos, const T* sin, T* y, int64_t threads) {                \
+    ZOO_STATUS(rotate<true>(b, t, h, d, r, table_batch, x, cos, sin, y, threads))                                     \
   }
 
 #define EXPORT_GATE(name, Activation, suffix, T)                                                                      \

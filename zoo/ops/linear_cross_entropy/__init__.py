@@ -9,6 +9,8 @@ Tokens are taken some at a time (Cut Cross-Entropy: Wijmans et al., 2024, arXiv:
 along with the loss, while logits are there (Liger-Kernel: Hsu et al., 2024, arXiv:2410.10989).
 """
 
+import functools
+
 from torch import Tensor
 
 from zoo.ops.checks import check_shapes
@@ -26,8 +28,15 @@ def _empty_outputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
     return (hidden.new_empty(()),)
 
 
-_FORMS = {"reference": linear_cross_entropy_reference, "chunked": linear_cross_entropy_chunked}
-OP = Op("linear_cross_entropy", _empty_outputs, **_FORMS)
+_REFERENCE, _CHUNKED = linear_cross_entropy_reference, linear_cross_entropy_chunked
+_FORMS = {"reference": _REFERENCE, "chunked": _CHUNKED, "native": functools.partial(_CHUNKED, form="native")}
+OP = Op(
+    *("linear_cross_entropy", _empty_outputs),
+    reference=_REFERENCE,
+    chunked=_CHUNKED,
+    kernels=("native",),
+    has_own_operator=True,
+)
 
 
 def linear_cross_entropy(

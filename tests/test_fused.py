@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import zoo
 from zoo.ops import native
 from zoo.ops.dispatch import use_backend
-from zoo.ops.fused import choose_fused, geglu, rms_norm, rotate_halves, swiglu
+from zoo.ops.fused import choose_fused, geglu, normalize, rms_norm, rotate_halves, swiglu
 
 EPS = 1e-3
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -36,7 +36,7 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + (-gate).exp()) * up
 
 
-def assert_equal(function, plain, inputs: list[Tensor], dtype: torch.dtype) -> None:
+def assert_equal(function, plain, inputs: list[Tensor], dtype: torch.dtype, atol: float = 0.0) -> None:
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     y, expected = function(*inputs), plain(*exact)
@@ -45,7 +45,7 @@ def assert_equal(function, plain, inputs: list[Tensor], dtype: torch.dtype) -> N
     wanted = torch.autograd.grad(expected, exact, weight)
     for actual, value in zip((y, *found), (expected, *wanted), strict=True):
         assert actual.dtype == dtype
-        assert (actual - value).abs().max() <= TOLERANCE[dtype] * value.abs().max()
+        assert (actual - value).abs().max() <= TOLERANCE[dtype] * max(value.abs().max(), atol)
     with torch.no_grad():
         assert torch.equal(function(*inputs), y)
 
@@ -60,6 +60,25 @@ def test_rms_norm(shape, dtype, calls):
     assert_equal(lambda x: rms_norm(x, None, EPS), lambda x: plain_rms_norm(x, None), [x], dtype)
     assert calls.count("rms_norm_forward") == 4
     assert calls.count("rms_norm_backward") == 2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("shape", [(1, 7), (5, 1), (3, 4, 2, 33), (40, 512)], ids=str)
+def test_normalize(shape, dtype, calls):
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_equal(normalize, lambda x: x / x.square().sum(-1, keepdim=True).sqrt(), [x], dtype, atol=1.0)
+    assert calls == ["normalize_forward", "normalize_backward", "normalize_forward"]
+
+
+def test_nothing_has_no_direction():
+    """What padding leaves: zeros stay zeros, with PyTorch's gradient."""
+    x = torch.zeros(3, 40, dtype=torch.float64)
+    x[1] = 1e-14  # below what counts as a length
+    x.requires_grad_()
+    grad = torch.randn_like(x)
+    y, expected = normalize(x), F.normalize(x, dim=-1)
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x, grad)[0] for value in (y, expected)))
 
 
 def plain_geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -146,6 +165,7 @@ def test_second_derivatives():
     angle = torch.randn(1, 3, 4, dtype=torch.float64)
     heads = torch.randn(2, 3, 1, 8, dtype=torch.float64, requires_grad=True)
     assert gradgradcheck(lambda x: rotate_halves(x, angle.cos().repeat(1, 1, 2), angle.sin().repeat(1, 1, 2)), heads)
+    assert gradgradcheck(normalize, heads)
     gate, up = (torch.randn(4100, dtype=torch.float64, requires_grad=True) for _ in range(2))
     (first,) = torch.autograd.grad(swiglu(gate, up).sum(), gate, create_graph=True)
     (found,) = torch.autograd.grad(first.sum(), gate)

@@ -10,7 +10,6 @@ from math import sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from zoo.cache import State
@@ -18,6 +17,7 @@ from zoo.config import ZooConfig
 from zoo.mixer import Mixer, Shared, Tokens
 from zoo.modeling import Block
 from zoo.nn import Linear
+from zoo.ops.fused import normalize
 from zoo.ops.precision import without_autocast
 from zoo.segments import OpenSegment, Run
 
@@ -82,7 +82,7 @@ class AssociativeMemory(Mixer):
     def _phi(self, x: Tensor, memory: State) -> Tensor:
         """phi of projected tokens (b n c) -> (b n k), in the dtype of the memory."""
         phi = dpfp(x.to(memory[0].dtype), self.config.dpfp_nu)
-        return F.normalize(phi, dim=-1) if self.config.normalize_phi else phi
+        return normalize(phi, self.config.kernels) if self.config.normalize_phi else phi
 
     def _recall(self, phi: Tensor, memory: State) -> Tensor:
         """phi (b n k) -> (b n d)."""

@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from zoo.plugins.rwkv.modeling import RWKVConfig
 from zoo.plugins.rwkv.parts import NO_DECAY, HeadNorm, LowRank, Place, TokenShift, reset_norm, reset_projections
@@ -16,6 +15,7 @@ from zoo.cache import State
 from zoo.mixer import RecurrentMixer, Shared, Tokens
 from zoo.nn import Linear
 from zoo.ops.delta_rule import delta_rule
+from zoo.ops.fused import normalize
 
 FIRST_VALUES = "rwkv7_first_values"
 """Where the first layer of version 7 leaves its values for those above."""
@@ -70,7 +70,7 @@ class TimeMixing7(RecurrentMixer):
             v = torch.addcmul(v, shared[FIRST_VALUES] - v, self.value_gate(x_v).sigmoid())
         log_decay = -math.exp(-0.5) * self.decay(x_w, matrix.dtype).sigmoid()
         iclr = self.iclr(x_a).sigmoid()
-        removal = F.normalize((k * self.removal_scale).unflatten(-1, heads), dim=-1)
+        removal = normalize((k * self.removal_scale).unflatten(-1, heads), self.config.kernels)
         k = torch.addcmul(k, k * (iclr - 1), self.iclr_mix)
         r, k, v, log_decay, iclr = (part.unflatten(-1, heads) for part in (r, k, v, log_decay, iclr))
         y, matrix = delta_rule(

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from zoo.config import GroupedQueryConfig
 from zoo.mixer import Tokens, choose_rows
 from zoo.nn import Linear, RMSNorm, ShortConv
+from zoo.ops.fused import normalize
 from zoo.ops.memory_gd import MemoryState, initial_state, memory_gd
 from zoo.ops.memory_gd.layers import split_layers
 from zoo.ops.packing import segment_starts
@@ -158,7 +159,8 @@ class NeuralMemory(nn.Module):
 
     def _unit(self, proj: Linear, conv: ShortConv, x: Tensor, taps: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         x, taps = conv(proj(x), taps, tokens)
-        return F.normalize(F.silu(x).unflatten(-1, (self.config.num_attention_heads, -1)), dim=-1), taps
+        heads = F.silu(x).unflatten(-1, (self.config.num_attention_heads, -1))
+        return normalize(heads, self.config.kernels), taps
 
     def read(self, weights: Tensor, q: Tensor) -> Tensor:
         """M(q) without learning: weights (b h w), q (b t h k) -> (b t d)."""

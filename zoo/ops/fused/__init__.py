@@ -1,5 +1,5 @@
 """RMS norm, SwiGLU and GeGLU as one kernel each: in C++ (`native.cpp`) on CPUs, of Liger-Kernel on GPUs that have it.
-The rotation of the rotary embedding too, in C++ on CPUs, and PyTorch's elsewhere.
+The rotation of the rotary embedding and unit vectors too, in C++ on CPUs, and PyTorch's elsewhere.
 
 PyTorch passes over memory for each of their operations. A compiler fuses them by itself: inside `torch.compile`
 they stay PyTorch's, as they do for tensors that a transform or a tracer looks at.
@@ -25,6 +25,8 @@ _DTYPES = (torch.float32, torch.float64)
 _LEAST_GATES = 2**12
 """Elements of a gate that make up for a call of C++."""
 
+_LEAST_NORM = 1e-12
+
 
 def choose_fused(device: torch.device | str, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> Choice:
     """`native`, `liger` or `torch` for tensors on a device, and why; `kernels` is what the caller asks for."""
@@ -42,6 +44,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, kernels: str = "auto"
     if weight is not None and _goes_to_liger(x, kernels):
         return liger.rms_norm(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def normalize(x: Tensor, kernels: str = "auto") -> Tensor:
+    """x / max(|x|, 1e-12), the norm over the last dimension of x (... d): `torch.nn.functional.normalize`."""
+    if _goes_to_native((x,), kernels):
+        return _Normalize.apply(x)
+    return F.normalize(x, dim=-1, eps=_LEAST_NORM)
 
 
 def swiglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
@@ -120,6 +129,26 @@ class _RMSNorm(torch.autograd.Function):
         sizes = len(inverse), x.shape[-1]
         native.call("fused", "rms_norm_backward", x.dtype, *sizes, x, weight, inverse, grad.contiguous(), *found)
         return *found, None
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        d = x.shape[-1]
+        y, inverse = torch.empty_like(x), x.new_empty(x.numel() // d)
+        native.call("fused", "normalize_forward", x.dtype, len(inverse), d, _LEAST_NORM, x, y, inverse)
+        ctx.save_for_backward(x, y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor | None:
+        x, y, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(lambda x: F.normalize(x, dim=-1, eps=_LEAST_NORM), (x,), grad)[0]
+        found, sizes = torch.empty_like(y), (len(inverse), y.shape[-1])
+        native.call("fused", "normalize_backward", y.dtype, *sizes, _LEAST_NORM, y, inverse, grad.contiguous(), found)
+        return found
 
 
 class _Gated(torch.autograd.Function):

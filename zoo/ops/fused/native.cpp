@@ -1,4 +1,4 @@
-// RMS norm, gates and rotary embedding, forward and backward, each in one pass over memory: PyTorch takes one for every
+// Norms, gates and rotary embedding, forward and backward, each in one pass over memory: PyTorch takes one for every
 // operation.
 //
 // Letters: n rows, d channels; of rotations b batch, t tokens, h heads, r channels that turn.
@@ -68,6 +68,42 @@ void rms_norm_backward(int64_t n, int64_t d, const T* x, const T* weight, const 
   for (int64_t i = 0; weight && i < d; i++) {
     grad_weight[i] = 0;
     for (int64_t part = 0; part < threads; part++) grad_weight[i] += partial[part * d + i];
+  }
+}
+
+// y = x / max(|x|, eps), the norm over the channels; `inverse` (n) keeps 1 / max(...) for the backward pass.
+template <typename T>
+void normalize_forward(int64_t n, int64_t d, double eps, const T* x, T* y, T* inverse, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < n; row++) {
+    const T* __restrict__ from = x + row * d;
+    T* __restrict__ to = y + row * d;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < d; i++) sum += from[i] * from[i];
+    const T norm = std::sqrt(sum);
+    inverse[row] = 1 / (norm < T(eps) ? T(eps) : norm);
+#pragma omp simd
+    for (int64_t i = 0; i < d; i++) to[i] = from[i] * inverse[row];
+  }
+}
+
+// grad_x = inverse (g - y (g . y)), and inverse g where the norm was below eps.
+template <typename T>
+void normalize_backward(int64_t n, int64_t d, double eps, const T* y, const T* inverse, const T* grad, T* grad_x,
+                        int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < n; row++) {
+    const T* __restrict__ unit = y + row * d;
+    const T* __restrict__ g = grad + row * d;
+    T* __restrict__ to = grad_x + row * d;
+    const T scale = inverse[row];
+    T dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t i = 0; i < d; i++) dot += g[i] * unit[i];
+    if (scale >= 1 / T(eps)) dot = 0;
+#pragma omp simd
+    for (int64_t i = 0; i < d; i++) to[i] = scale * (g[i] - unit[i] * dot);
   }
 }
 
@@ -150,6 +186,14 @@ void rotate(int64_t b, int64_t t, int64_t h, int64_t d, int64_t r, int64_t table
   extern "C" int rms_norm_backward_##suffix(int64_t n, int64_t d, const T* x, const T* weight, const T* inverse,      \
                                             const T* grad, T* grad_x, T* grad_weight, int64_t threads) {              \
     ZOO_STATUS(rms_norm_backward<T>(n, d, x, weight, inverse, grad, grad_x, grad_weight, threads))                    \
+  }                                                                                                                   \
+  extern "C" int normalize_forward_##suffix(int64_t n, int64_t d, double eps, const T* x, T* y, T* inverse,           \
+                                            int64_t threads) {                                                        \
+    ZOO_STATUS(normalize_forward<T>(n, d, eps, x, y, inverse, threads))                                               \
+  }                                                                                                                   \
+  extern "C" int normalize_backward_##suffix(int64_t n, int64_t d, double eps, const T* y, const T* inverse,          \
+                                             const T* grad, T* grad_x, int64_t threads) {                             \
+    ZOO_STATUS(normalize_backward<T>(n, d, eps, y, inverse, grad, grad_x, threads))                                   \
   }                                                                                                                   \
   extern "C" int rotate_##suffix(int64_t b, int64_t t, int64_t h, int64_t d, int64_t r, int64_t table_batch,          \
                                  const T* x, const T* cos, const T* sin, T* y, int64_t threads) {                     \

@@ -1,9 +1,10 @@
-// y = W x + bias for one row x: what a linear layer does for a single token.
+// y = W x + bias for one row x: what a linear layer does for a single token. And the transpose of a matrix, for the
+// products of its gradient.
 //
 // Each weight is read once and used once, so memory is all that counts: the matrix is one stream, read row after row, and
 // asked for two pages ahead, as no processor does by itself.
 //
-// Letters: d inputs, e outputs.
+// Letters: d inputs, e outputs; m rows and n columns of any matrix.
 #include "native.h"
 
 namespace {
@@ -41,7 +42,22 @@ void multiply_row(int64_t e, int64_t d, const T* x, const T* weight, const T* bi
   for (int64_t i = 0; i < e; i++) y[i] = dot_row(d, x, weight + i * d) + (bias ? bias[i] : T(0));
 }
 
+constexpr int64_t kStripe = 64;  // rows, whose columns become lines of the cache
+
+// out (n m) = the transpose of x (m n)
+template <typename T>
+void transpose_stripes(int64_t m, int64_t n, const T* x, T* out, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < m; row += kStripe) {
+    transpose(std::min(kStripe, m - row), n, x + row * n, n, out + row, m);
+  }
+}
+
 }  // namespace
+
+extern "C" int linear_transpose_f32(int64_t m, int64_t n, const float* x, float* out, int64_t threads) {
+  ZOO_STATUS(transpose_stripes(m, n, x, out, threads))
+}
 
 extern "C" int linear_row_f32(int64_t e, int64_t d, const float* x, const float* weight, const float* bias, float* y,
                               int64_t threads) {

@@ -10,7 +10,7 @@ import torch
 import zoo
 
 _WORKER = """
-import sys, torch, torch.distributed as dist, zoo
+import sys, time, torch, torch.distributed as dist, zoo
 from transformers import AutoModelForCausalLM
 
 dist.init_process_group("gloo")
@@ -26,11 +26,12 @@ for path in sys.argv[1:]:
     error = (logits - expected).norm() / expected.norm()
     print(f"{dist.get_rank()} {sharded} {error:.1e}\\n", end="", flush=True)
 dist.destroy_process_group()
+time.sleep(0.2)  # as `zoo.processes` has it: gloo's threads free what was exchanged last
 """
 
 
 _SHARDED_WORKER = """
-import sys, torch, torch.distributed as dist, zoo
+import sys, time, torch, torch.distributed as dist, zoo
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
@@ -61,6 +62,7 @@ for path in sys.argv[1:]:
         error = (summed - parameter.grad).norm() / parameter.grad.norm()
         print(f"{path} {name} {error:.1e}\\n", end="", flush=True)
 dist.destroy_process_group()
+time.sleep(0.2)  # as `zoo.processes` has it: gloo's threads free what was exchanged last
 """
 
 

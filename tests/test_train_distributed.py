@@ -106,15 +106,22 @@ def test_two_processes_carry_states_as_one(tmp_path):
     assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["armt-tiny", "lm2-tiny"])
-def test_segments_of_sharded_layers_train_as_in_one_process(tmp_path, preset):
-    """Rows have five segments, and documents in each that end where they like."""
+@pytest.mark.parametrize(
+    ("preset", "file", "segment"),
+    [
+        ("armt-tiny", "cpu.yaml", 32),
+        pytest.param("lm2-tiny", "cpu.yaml", 32, marks=pytest.mark.slow),
+        pytest.param("armt-tiny", "fsdp2.yaml", 7, marks=pytest.mark.slow),
+        pytest.param("lm2-tiny", "fsdp2.yaml", 7, marks=pytest.mark.slow),
+    ],
+)
+def test_processes_fill_other_segments(tmp_path, preset, file, segment):
+    """Rows of 32 tokens, and documents in each that end where they like: some have no whole segment of 32."""
     recipe = write_recipe(tmp_path, preset)
-    words = ["model.overrides.segment_length=7", "train.tokens=640", "data.micro_batch_size=1"]
+    words = [f"model.overrides.segment_length={segment}", "train.tokens=640", "data.micro_batch_size=1"]
     words += ["train.gradient_checkpointing=true", "train.learning_rate=3e-4", "train.epsilon=1e-2"]
     assert main(["train", str(recipe), f"train.output={tmp_path / 'one'}", *words]) == 0
-    finish(launch("fsdp2.yaml", recipe, tmp_path / "two", *words), tmp_path / "two")
+    finish(launch(file, recipe, tmp_path / "two", *words), tmp_path / "two")
     assert_same_curve(tmp_path / "one", tmp_path / "two", 1e-5)
     assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-5)
 

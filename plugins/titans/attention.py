@@ -1,7 +1,7 @@
 """Attention of Titans: to persistent tokens, to a window of earlier ones or to a segment (arXiv:2501.00663, section 4).
 
-Letters: b batch, t tokens, s slots seen, p persistent tokens, d width, h heads, g
-of them with keys and values of their own, k width of a head.
+Letters: b batch, t tokens, s slots seen, p persistent tokens, d width, h heads of queries, g of keys and values, k
+width of a head.
 """
 
 import torch
@@ -20,7 +20,7 @@ from zoo.ops.packing import reorder
 class PersistentAttention(nn.Module):
     """Softmax attention with a mask of its own, in front of which persistent tokens stand that everyone sees.
 
-    The mask is no plain triangle, so that this is PyTorch's SDPA whatever attention implementation was asked for.
+    The mask is no plain triangle, so that this is `masked_attention` whatever attention implementation was asked for.
     """
 
     config_fields = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from zoo.modeling import ZooPreTrainedModel
+from zoo.segments import SegmentedModel
 from zoo.train.config import TrainSection
 from zoo.train.optimizer import make_optimizers
 
@@ -47,8 +48,11 @@ class Engine:
     ):
         self.accelerator = accelerator
         self.max_norm = max_norm
+        # Rows decide what it uses: full segments write to a memory. Of a step that uses all of it PyTorch warns, once.
+        if isinstance(model.base_model, SegmentedModel):
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
-        if isinstance(self.model, FSDPModule):  # rows decide what is used: a memory is written where a segment is full
+        if isinstance(self.model, FSDPModule):
             self.model.set_reduce_scatter_unused_params(True)
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager:

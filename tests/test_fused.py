@@ -142,8 +142,8 @@ def test_any_strides():
 
 
 def test_threads_do_not_change_the_result():
-    x = torch.randn(301, 64, requires_grad=True)
-    weight = torch.rand(64, requires_grad=True)
+    x = torch.randn(301, 64, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(64, dtype=torch.float64, requires_grad=True)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 3):

@@ -52,7 +52,7 @@ inline float exponential(float x) {
   const float y = p * r * r + r + 1.0f;
   // 2^n in two factors: n reaches 128, one more than a float's exponent holds
   const int32_t half = (int32_t)n >> 1;
-  const int32_t first_bits = (half + 127) << 23, second_bits = ((int32_t)n - half + 127) << 23;
+  const uint32_t first_bits = (uint32_t)(half + 127) << 23, second_bits = (uint32_t)((int32_t)n - half + 127) << 23;
   float first, second;
   std::memcpy(&first, &first_bits, 4);
   std::memcpy(&second, &second_bits, 4);
@@ -73,7 +73,7 @@ inline float decaying_exponential(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const int32_t bits = ((int32_t)n + 127) << 23;
+  const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
   float power;
   std::memcpy(&power, &bits, 4);
   return (p * r * r + r + 1.0f) * power;

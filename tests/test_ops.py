@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from zoo.ops.linear_cross_entropy import linear_cross_entropy
 from zoo.ops.testing import (
     TOLERANCE,
     Case,
@@ -292,6 +293,19 @@ def test_cross_entropy_is_a_well_behaved_operator():
     torch.library.opcheck(
         torch.ops.zoo.linear_cross_entropy.default, (*inputs, labels, -100, 0.1, 2.0, [True] * 3, "chunked")
     )
+
+
+@pytest.mark.parametrize("form", ["chunked", "native"])
+def test_cross_entropy_of_many_words(form):
+    """Sums over a large vocabulary keep their digits; numbers that are none are not hidden."""
+    weight, labels = torch.randn(50_000, 1), torch.arange(6)
+    hidden = torch.tensor([[0.0], [1.0], [-80.0], [1e4], [torch.inf], [torch.nan]])
+    found, exact = (
+        torch.stack([linear_cross_entropy(x[None], w, y[None], kernels=form) for x, y in zip(h, labels, strict=True)])
+        for h, w, form in ((hidden, weight, form), (hidden.double(), weight.double(), "reference"))
+    )
+    assert torch.equal(found.isfinite(), torch.tensor([True] * 4 + [False] * 2))
+    torch.testing.assert_close(found[:4], exact[:4].float(), rtol=1e-6, atol=1e-6)
 
 
 def recorded_operator_calls(op: str, run) -> list[tuple]:

@@ -21,8 +21,8 @@ test: .venv/installed-test
 test-slow: .venv/installed-test
 	$(INSTALL) --editable '.[deepspeed]'
 	$(PYTEST) -m slow
-	ZOO_KERNELS=chunked $(PYTEST) tests/test_contract.py
-	ZOO_KERNELS=reference $(PYTEST) tests/test_contract.py -k "not compiled and not (titans and gradient_checkpointing)"
+	ZOO_KERNELS=chunked $(PYTEST) -m "not slow" tests/test_contract.py
+	ZOO_KERNELS=reference $(PYTEST) -m "not slow" tests/test_contract.py -k "not compiled and not (titans and gradient_checkpointing)"
 
 lint: .venv/installed-test
 	$(BIN)/ruff check --fix .

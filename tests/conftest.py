@@ -1,4 +1,4 @@
-"""What every test shares: no network, one seed, a small tokenizer."""
+"""What tests share: no network, one seed, a small tokenizer, a record of the C++ that runs."""
 
 import os
 
@@ -61,3 +61,14 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
+
+
+@pytest.fixture
+def native_calls(monkeypatch) -> list[str]:
+    """Functions of C++ that were called."""
+    from zoo.ops import native
+
+    found = []
+    original = native.call
+    monkeypatch.setattr(native, "call", lambda op, name, *rest: found.append(name) or original(op, name, *rest))
+    return found

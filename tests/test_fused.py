@@ -18,15 +18,6 @@ EPS = 1e-3
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """Functions of C++ that were called."""
-    found = []
-    original = native.call
-    monkeypatch.setattr(native, "call", lambda op, name, *rest: found.append(name) or original(op, name, *rest))
-    return found
-
-
 def plain_rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
     y = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
     return y if weight is None else y * weight
@@ -52,22 +43,22 @@ def assert_equal(function, plain, inputs: list[Tensor], dtype: torch.dtype, atol
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("shape", [(1, 7), (5, 1), (3, 4, 2, 33), (40, 512)], ids=str)
-def test_rms_norm(shape, dtype, calls):
+def test_rms_norm(shape, dtype, native_calls):
     x = torch.randn(shape, dtype=torch.float64)
     x[0] *= 1e-3  # where eps counts
     weight = torch.randn(shape[-1], dtype=torch.float64)
     assert_equal(lambda x, w: rms_norm(x, w, EPS), plain_rms_norm, [x, weight], dtype)
     assert_equal(lambda x: rms_norm(x, None, EPS), lambda x: plain_rms_norm(x, None), [x], dtype)
-    assert calls.count("rms_norm_forward") == 4
-    assert calls.count("rms_norm_backward") == 2
+    assert native_calls.count("rms_norm_forward") == 4
+    assert native_calls.count("rms_norm_backward") == 2
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("shape", [(1, 7), (5, 1), (3, 4, 2, 33), (40, 512)], ids=str)
-def test_normalize(shape, dtype, calls):
+def test_normalize(shape, dtype, native_calls):
     x = torch.randn(shape, dtype=torch.float64)
     assert_equal(normalize, lambda x: x / x.square().sum(-1, keepdim=True).sqrt(), [x], dtype, atol=1.0)
-    assert calls == ["normalize_forward", "normalize_backward", "normalize_forward"]
+    assert native_calls == ["normalize_forward", "normalize_backward", "normalize_forward"]
 
 
 def test_nothing_has_no_direction():
@@ -87,12 +78,12 @@ def plain_geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("kind", [(swiglu, plain_swiglu, F.silu), (geglu, plain_geglu, F.gelu)], ids=["silu", "gelu"])
-def test_gates(kind, dtype, calls):
+def test_gates(kind, dtype, native_calls):
     function, plain, activation = kind
     gate = 8 * torch.randn(3, 41, 100, dtype=torch.float64)
     assert_equal(function, plain, [gate, torch.randn_like(gate)], dtype)
     name = function.__name__
-    assert calls == [f"{name}_forward", f"{name}_backward", f"{name}_forward"]
+    assert native_calls == [f"{name}_forward", f"{name}_backward", f"{name}_forward"]
     extreme = torch.tensor([0.0, 1e4, -1e4, torch.inf, torch.nan]).repeat(1000)
     assert torch.equal(function(extreme, torch.ones_like(extreme)).isfinite(), activation(extreme).isfinite())
 
@@ -109,17 +100,17 @@ def plain_rotation(x: Tensor, angle: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 7, 3, 34), (3, 5, 2, 64)], ids=str)
 @pytest.mark.parametrize("rows", ["one", "each"])
 @pytest.mark.parametrize("rest", [0, 3])
-def test_rotation(shape, rows, rest, dtype, calls):
+def test_rotation(shape, rows, rest, dtype, native_calls):
     b, t, h, width = shape
     angle = torch.randn(b if rows == "each" else 1, t, width // 2, dtype=torch.float64)
     cos, sin = (x.repeat(1, 1, 2).to(dtype) for x in (angle.cos(), angle.sin()))
     x = torch.randn(b, t, h, width + rest, dtype=torch.float64)
     assert_equal(lambda x: rotate_halves(x, cos, sin), lambda x: plain_rotation(x, angle), [x], dtype)
-    assert calls == ["rotate", "rotate_back", "rotate"]
+    assert native_calls == ["rotate", "rotate_back", "rotate"]
     assert_equal(lambda x: rotate_halves(x, cos, sin, "chunked"), lambda x: plain_rotation(x, angle), [x], dtype)
 
 
-def test_rotation_by_learned_angles_is_pytorch_s(calls):
+def test_rotation_by_learned_angles_is_pytorch_s(native_calls):
     x, angle = torch.randn(2, 5, 3, 8), torch.randn(1, 5, 4, requires_grad=True)
     cos, sin = (y.repeat(1, 1, 2) for y in (angle.cos(), angle.sin()))
     found, expected = (
@@ -127,7 +118,7 @@ def test_rotation_by_learned_angles_is_pytorch_s(calls):
         for y in (rotate_halves(x, cos, sin), plain_rotation(x, angle))
     )
     torch.testing.assert_close(found, expected)
-    assert not calls
+    assert not native_calls
 
 
 def test_any_strides():
@@ -174,7 +165,7 @@ def test_second_derivatives():
     torch.testing.assert_close(found, expected)
 
 
-def test_transforms_and_compilers_see_pytorch(calls):
+def test_transforms_and_compilers_see_pytorch(native_calls):
     x, weight = torch.randn(4, 2000), torch.rand(2000)
     torch.testing.assert_close(vmap(lambda row: rms_norm(row, weight, EPS))(x), plain_rms_norm(x, weight))
     torch.testing.assert_close(
@@ -185,10 +176,10 @@ def test_transforms_and_compilers_see_pytorch(calls):
     torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-6)
     compiled = torch.compile(lambda x: swiglu(rms_norm(x, weight, EPS), x), fullgraph=True)
     torch.testing.assert_close(compiled(x), plain_swiglu(plain_rms_norm(x, weight), x), rtol=1e-5, atol=1e-5)
-    assert not calls
+    assert not native_calls
 
 
-def test_autocast_and_low_precision_are_pytorch_s(calls):
+def test_autocast_and_low_precision_are_pytorch_s(native_calls):
     x, weight = torch.randn(8, 1000), torch.rand(1000)
     with torch.autocast("cpu", torch.bfloat16):
         assert rms_norm(x, weight, EPS).dtype == F.rms_norm(x, weight.shape, weight, EPS).dtype
@@ -196,10 +187,10 @@ def test_autocast_and_low_precision_are_pytorch_s(calls):
     low = x.bfloat16()
     assert torch.equal(rms_norm(low, weight.bfloat16(), EPS), F.rms_norm(low, weight.shape, weight.bfloat16(), EPS))
     assert torch.equal(swiglu(low, low), F.silu(low) * low)
-    assert not calls
+    assert not native_calls
 
 
-def test_the_form_asked_for_runs(calls, monkeypatch):
+def test_the_form_asked_for_runs(native_calls, monkeypatch):
     x, weight = torch.randn(8, 1000), torch.rand(1000)
     for form in ("reference", "chunked", "triton"):
         with use_backend(form):
@@ -207,7 +198,7 @@ def test_the_form_asked_for_runs(calls, monkeypatch):
             swiglu(x, x)
         rms_norm(x, weight, EPS, kernels=form)
         assert choose_fused("cpu", kernels=form) == ("torch", f"{form!r} was asked for")
-    assert not calls
+    assert not native_calls
     assert choose_fused("cpu") == ("native", "the kernel for cpu")
     assert choose_fused("cpu", torch.bfloat16) == ("torch", "no C++ for bfloat16")
     assert choose_fused("mps").backend == "torch"
@@ -221,10 +212,10 @@ def test_nothing_to_compute():
     assert swiglu(torch.empty(0, 4), torch.empty(0, 4)).shape == (0, 4)
 
 
-def test_a_model_runs_on_it(calls):
+def test_a_model_runs_on_it(native_calls):
     model = zoo.create_model("transformer-tiny")
     model(torch.ones(2, 12, dtype=torch.long), labels=torch.ones(2, 12, dtype=torch.long)).loss.backward()
     layers = model.config.num_hidden_layers
-    assert calls.count("rms_norm_backward") == 2 * layers + 1
-    assert calls.count("swiglu_backward") == layers
-    assert calls.count("rotate_back") == 2 * layers
+    assert native_calls.count("rms_norm_backward") == 2 * layers + 1
+    assert native_calls.count("swiglu_backward") == layers
+    assert native_calls.count("rotate_back") == 2 * layers

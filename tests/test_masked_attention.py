@@ -21,15 +21,6 @@ SIZES = {  # b, t, s, h, g, d, masks
 }
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """Functions of C++ that were called."""
-    found = []
-    original = native.call
-    monkeypatch.setattr(native, "call", lambda op, name, *rest: found.append(name) or original(op, name, *rest))
-    return found
-
-
 def draw(b: int, t: int, s: int, h: int, g: int, d: int, masks: int, dtype=torch.float64) -> tuple[Tensor, ...]:
     """Queries, keys, values and a mask with tiles that nobody sees, others that are open, and queries that see none."""
     q, k, v = (torch.randn(b, n, heads, d, dtype=dtype) for n, heads in ((t, h), (s, g), (s, g)))
@@ -50,7 +41,7 @@ def by_equation(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_the_equation(size, dtype, calls):
+def test_equals_the_equation(size, dtype, native_calls):
     torch.manual_seed(0)
     *inputs, visible = draw(*SIZES[size])
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
@@ -65,7 +56,7 @@ def test_equals_the_equation(size, dtype, calls):
         for actual, value in zip(found, wanted, strict=True):
             assert actual.dtype == dtype
             assert (actual - value).abs().max() <= TOLERANCE[dtype] * scale
-    assert calls == ["attention_forward", "attention_backward"]
+    assert native_calls == ["attention_forward", "attention_backward"]
 
 
 def test_large_scores_stay_numbers():
@@ -118,7 +109,7 @@ def test_second_derivatives():
     assert gradgradcheck(lambda *x: masked_attention(*x, visible), inputs)
 
 
-def test_transforms_and_compilers_see_pytorch(calls):
+def test_transforms_and_compilers_see_pytorch(native_calls):
     q, k, v, visible = draw(2, 20, 30, 4, 2, 8, 1, torch.float32)
     expected = by_equation(q, k, v, visible)
     torch.testing.assert_close(
@@ -128,10 +119,10 @@ def test_transforms_and_compilers_see_pytorch(calls):
         torch.testing.assert_close(jvp(lambda v: masked_attention(q, k, v, visible), (v,), (v,))[1], expected)
     compiled = torch.compile(masked_attention, fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v, visible), expected)
-    assert not calls
+    assert not native_calls
 
 
-def test_the_form_asked_for_runs(calls, monkeypatch):
+def test_the_form_asked_for_runs(native_calls, monkeypatch):
     q, k, v, visible = draw(2, 20, 30, 4, 2, 8, 1, torch.float32)
     for form in ("reference", "chunked", "triton"):
         with use_backend(form):
@@ -140,7 +131,7 @@ def test_the_form_asked_for_runs(calls, monkeypatch):
         assert choose_masked_attention("cpu", kernels=form) == ("torch", f"{form!r} was asked for")
     masked_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), visible)
     masked_attention(q[:, :1], k, v, visible[:, :1])  # a token: laying out the keys would cost more than it saves
-    assert not calls
+    assert not native_calls
     assert choose_masked_attention("cpu") == ("native", "the kernel for cpu")
     assert choose_masked_attention("cpu", torch.bfloat16) == ("torch", "no C++ for bfloat16")
     assert choose_masked_attention("mps").backend == "torch"
@@ -148,9 +139,9 @@ def test_the_form_asked_for_runs(calls, monkeypatch):
     assert choose_masked_attention("cpu") == ("torch", "no compiler")
 
 
-def test_a_model_runs_on_it(calls):
+def test_a_model_runs_on_it(native_calls):
     model = zoo.create_model("titans-tiny", mixers=["titans_mac"])
     model(torch.ones(2, 12, dtype=torch.long), labels=torch.ones(2, 12, dtype=torch.long)).loss.backward()
-    assert calls.count("attention_backward") == model.config.num_hidden_layers
+    assert native_calls.count("attention_backward") == model.config.num_hidden_layers
     choices = {use.op: use.backend for use in zoo.kernel_report(model)}
     assert choices["masked_attention"] == "native"

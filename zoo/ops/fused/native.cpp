@@ -16,10 +16,7 @@ void rms_norm_forward(int64_t n, int64_t d, const T* x, const T* weight, double 
   for (int64_t row = 0; row < n; row++) {
     const T* __restrict__ from = x + row * d;
     T* __restrict__ to = y + row * d;
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < d; i++) sum += from[i] * from[i];
-    const T scale = 1 / std::sqrt(sum / d + T(eps));
+    const T scale = 1 / std::sqrt(dot(d, from, from) / d + T(eps));
     inverse[row] = scale;
     if (weight) {
 #pragma omp simd
@@ -78,10 +75,7 @@ void normalize_forward(int64_t n, int64_t d, double eps, const T* x, T* y, T* in
   for (int64_t row = 0; row < n; row++) {
     const T* __restrict__ from = x + row * d;
     T* __restrict__ to = y + row * d;
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < d; i++) sum += from[i] * from[i];
-    const T norm = std::sqrt(sum);
+    const T norm = std::sqrt(dot(d, from, from));
     inverse[row] = 1 / (norm < T(eps) ? T(eps) : norm);
 #pragma omp simd
     for (int64_t i = 0; i < d; i++) to[i] = from[i] * inverse[row];
@@ -98,12 +92,9 @@ void normalize_backward(int64_t n, int64_t d, double eps, const T* y, const T* i
     const T* __restrict__ g = grad + row * d;
     T* __restrict__ to = grad_x + row * d;
     const T scale = inverse[row];
-    T dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < d; i++) dot += g[i] * unit[i];
-    if (scale >= 1 / T(eps)) dot = 0;
+    const T along = scale < 1 / T(eps) ? dot(d, g, unit) : 0;
 #pragma omp simd
-    for (int64_t i = 0; i < d; i++) to[i] = scale * (g[i] - unit[i] * dot);
+    for (int64_t i = 0; i < d; i++) to[i] = scale * (g[i] - unit[i] * along);
   }
 }
 

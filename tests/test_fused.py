@@ -110,6 +110,14 @@ def test_rotation(shape, rows, rest, dtype, native_calls):
     assert_equal(lambda x: rotate_halves(x, cos, sin, "chunked"), lambda x: plain_rotation(x, angle), [x], dtype)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 6), (3, 5, 6), (1, 5, 10), (1, 5, 3)], ids=str)
+def test_angles_that_do_not_fit_are_refused(shape, native_calls):
+    cos = torch.ones(shape)
+    with pytest.raises(ValueError if shape[-1] % 2 else RuntimeError):
+        rotate_halves(torch.randn(2, 5, 3, 8), cos, cos)
+    assert not native_calls
+
+
 def test_rotation_by_learned_angles_is_pytorch_s(native_calls):
     x, angle = torch.randn(2, 5, 3, 8), torch.randn(1, 5, 4, requires_grad=True)
     cos, sin = (y.repeat(1, 1, 2) for y in (angle.cos(), angle.sin()))

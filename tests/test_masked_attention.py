@@ -97,6 +97,21 @@ def test_threads_do_not_change_the_result():
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("kernels", ["auto", "chunked"])
+def test_shapes_that_do_not_agree_are_refused(kernels):
+    q, k, v, visible = draw(3, 20, 30, 4, 2, 8, 1)
+    wrong = {
+        "v has shape": (q, k, v[:, 1:], visible),
+        "k has shape": (q, k[1:], v[1:], visible),
+        "visible has shape": (q, k, v, visible[:, :, 1:]),
+        "2 masks for 3 rows": (q, k, v, visible.expand(2, -1, -1)),
+        "2 groups do not divide 3 heads": (q[:, :, 1:], k, v, visible),
+    }
+    for message, inputs in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            masked_attention(*inputs, kernels)
+
+
 def test_no_rows():
     q, k, v, visible = draw(2, 20, 30, 4, 2, 8, 1)
     assert masked_attention(q[:0], k[:0], v[:0], visible).shape == (0, 20, 4, 8)

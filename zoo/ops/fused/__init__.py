@@ -65,8 +65,12 @@ def geglu(gate: Tensor, up: Tensor, kernels: str = "auto") -> Tensor:
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, kernels: str = "auto") -> Tensor:
     """Rotate the leading r features of x (b t h d), i together with i + r/2; cosines and sines are (b|1 t r)."""
+    (b, t, _, d), r = x.shape, cos.shape[-1]
+    if r % 2:
+        raise ValueError(f"rotate_halves: features turn in pairs, and there are {r} cosines of a token")
+    fits = cos.shape == sin.shape and cos.shape[:2] in ((1, t), (b, t)) and r <= d
     has_constant_angles = not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
-    if has_constant_angles and _goes_to_native((x, cos, sin), kernels):
+    if fits and has_constant_angles and _goes_to_native((x, cos, sin), kernels):  # PyTorch refuses what does not fit
         return _Rotation.apply(x, cos.contiguous(), sin.contiguous(), False)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]

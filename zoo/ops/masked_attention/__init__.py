@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.ops import native
-from zoo.ops.checks import is_plain_cpu_call
+from zoo.ops.checks import check_shapes, is_plain_cpu_call, once_per_look
 from zoo.ops.dispatch import Choice, choose_native
 from zoo.ops.op import differentiable_gradients
 
@@ -42,10 +42,24 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, kernels: 
 
     Returns:
         (b t h d).
+
+    Raises:
+        ValueError: if the shapes do not agree.
     """
+    _check(q, k, v, visible)
     if q.shape[1] >= _LEAST_QUERIES and _goes_to_native(q, k, v, visible, kernels):
         return _Attention.apply(q, k, v, visible)
     return _attend(q, k, v, visible)
+
+
+@once_per_look
+def _check(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> None:
+    shapes = {"q": "b t h d", "k": "b s g d", "v": "b s g d", "visible": "m t s"}
+    sizes = check_shapes("masked_attention", shapes, q=q, k=k, v=v, visible=visible)
+    if sizes["m"] not in (1, sizes["b"]):
+        raise ValueError(f"masked_attention: {sizes['m']} masks for {sizes['b']} rows, wanted one or one each")
+    if sizes["h"] % sizes["g"]:
+        raise ValueError(f"masked_attention: {sizes['g']} groups do not divide {sizes['h']} heads")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
